@@ -1,0 +1,289 @@
+"""The typed events of a run: what a worker reports, and what `events.jsonl` holds.
+
+One JSON object a line: `t` (monotonic seconds since the supervisor started the run), `wall` (UTC, ISO 8601),
+`kind`, then the event's fields. MiB are 2**20 bytes. A value that could not be read is null, never 0.
+JSON has no NaN: a non-finite float is written as "nan", "inf" or "-inf" and read back as the float.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+STATUSES = {
+    # status: exit code of `run.py` (documented in README.md)
+    "completed": 0,
+    "stopped": 0,
+    "failed": 1,
+    "collapsed": 3,
+    "diverged": 4,
+    "oom": 5,
+    "guard_killed": 124,
+    "timeout": 125,
+    "interrupted": 130,
+    "killed_by_other": 137,
+}
+
+
+class Event:
+    """Base of all events; `kind` names the record."""
+
+    kind: ClassVar[str]
+
+
+@dataclass
+class Memory:
+    """One look at memory, MiB. `source` names where the numbers came from, e.g. "torch+nvml" or "rss"."""
+
+    torch_allocated_mib: float | None = None
+    torch_reserved_mib: float | None = None
+    torch_peak_mib: float | None = None  # peak of allocated since the previous phase
+    cuda_used_mib: float | None = None
+    cuda_total_mib: float | None = None
+    pid_mem_mib: float | None = None  # device memory of the worker's process tree
+    total_gpu_mem_mib: float | None = None  # device memory of all processes
+    proc_rss_mib: float | None = None
+    proc_peak_rss_mib: float | None = None  # peak resident set since the previous phase
+    mem_available_mib: float | None = None
+    source: str = "unknown"
+
+
+@dataclass
+class Start(Event):
+    """The manifest: enough to run it again."""
+
+    kind: ClassVar[str] = "start"
+    task: str = ""
+    overrides: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    host: dict[str, Any] = field(default_factory=dict)
+    worker_pid: int | None = None
+
+
+@dataclass
+class File(Event):
+    """A file the run read (or wrote), resolved."""
+
+    kind: ClassVar[str] = "file"
+    role: str = ""  # weights, config, tokenizer, data, output
+    path: str = ""
+    format: str = ""
+    bytes: int = 0
+    sha256: str = ""
+
+
+@dataclass
+class Note(Event):
+    """Something the user should know: a choice without effect, a slower path taken, an emulation."""
+
+    kind: ClassVar[str] = "note"
+    topic: str = ""
+    text: str = ""
+
+
+@dataclass
+class Phase(Memory, Event):
+    """The end of a phase: its name, how long it took, and memory now."""
+
+    kind: ClassVar[str] = "phase"
+    name: str = ""
+    ms: float | None = None  # since the previous phase
+
+
+@dataclass
+class Sample(Memory, Event):
+    """Memory as the supervisor saw it between phases."""
+
+    kind: ClassVar[str] = "sample"
+
+
+@dataclass
+class Progress(Event):
+    """Where a long piece of work stands; shown on a terminal, not recorded."""
+
+    kind: ClassVar[str] = "progress"
+    what: str = ""
+    done: int = 0
+    total: int = 0
+
+
+@dataclass
+class Loss(Event):
+    kind: ClassVar[str] = "loss"
+    step: int = 0
+    loss: float = math.nan
+    split: str = "train"  # train, eval (held-out data, or a backend that is not trained)
+    trained: bool = True
+    grad_norm: float | None = None
+    tokens: int | None = None
+    lr: float | None = None
+    ms: float | None = None
+
+
+@dataclass
+class FirstToken(Event):
+    kind: ClassVar[str] = "first_token"
+    path: str = ""  # A.infer, B.fp2_ste, C.noste_graph, R.dense
+    when: str = "before"  # before, after (the optimizer step)
+    prompt: str = ""
+    prompt_ids: list[int] = field(default_factory=list)
+    activations: str = "none"  # none (W4A16) or nvfp4 (W4A4)
+    hidden_nan: int = 0
+    hidden_inf: int = 0
+    logits_nan: int = 0
+    logits_inf: int = 0
+    top10: list[tuple[int, float, str]] = field(default_factory=list)  # (id, logit, text)
+
+
+@dataclass
+class FirstTokenDiff(Event):
+    kind: ClassVar[str] = "first_token_diff"
+    pair: str = ""  # e.g. "A-C"
+    when: str = "before"
+    top1_equal: bool = False
+    overlap_at_10: float = 0.0  # share of the ten ids in both lists
+    rank_correlation: float = math.nan  # Spearman over the union of both lists
+    kl: float = math.nan  # KL(first || second) of the whole distributions, nats
+    max_abs_logit: float = math.nan
+    first_divergent_layer: int | None = None  # first layer whose relative difference passes 1e-3
+
+
+@dataclass
+class Turn(Event):
+    kind: ClassVar[str] = "turn"
+    n: int = 0
+    path: str = ""
+    prompt: str = ""
+    prompt_tokens: int = 0
+    context_tokens: int = 0
+    cache_len: int = 0
+    first_token_ms: float | None = None
+    ms_per_token: float | None = None
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+
+
+@dataclass
+class StateHealth(Event):
+    kind: ClassVar[str] = "state_health"
+    step: int = 0
+    zero_scale: dict[str, float] = field(default_factory=dict)  # w, m, v -> share of blocks whose scale is zero
+    saturated: dict[str, float] = field(default_factory=dict)  # w, m, v -> share of blocks whose scale is the largest
+    code_changed: float | None = None  # share of weights whose stored code or scale changed
+    update_lost: float | None = None  # share of nonzero updates that left the stored value as it was
+    max_update_over_lr: float | None = None
+
+
+@dataclass
+class TensorBytes(Event):
+    kind: ClassVar[str] = "tensor_bytes"
+    tensor_kind: str = ""  # model_param, state_w_codes, ...
+    device: str = ""
+    dtype: str = ""
+    count: int = 0
+    mib: float = 0.0
+    duplicate_mib: float = 0.0  # counted again through another tensor on the same storage
+
+
+@dataclass
+class Guard(Event):
+    kind: ClassVar[str] = "guard"
+    verdict: str = ""  # warning, breach
+    reason: str = ""
+    reading_mib: float | None = None
+    limit_mib: float | None = None
+    over_s: float | None = None
+    period_s: float | None = None  # the polling period really achieved
+
+
+@dataclass
+class Failure(Event):
+    """The worker's own last word before it dies of an exception."""
+
+    kind: ClassVar[str] = "failure"
+    status: str = "failed"
+    reason: str = ""
+    traceback: str = ""
+
+
+@dataclass
+class End(Event):
+    kind: ClassVar[str] = "end"
+    status: str = ""
+    reason: str = ""
+    exit_code: int | None = None  # the worker's
+    signal: str | None = None
+    seconds: float = 0.0
+    peaks: dict[str, float | None] = field(default_factory=dict)
+
+
+KINDS: dict[str, type[Event]] = {
+    c.kind: c
+    for c in (
+        Start,
+        File,
+        Note,
+        Phase,
+        Sample,
+        Progress,
+        Loss,
+        FirstToken,
+        FirstTokenDiff,
+        Turn,
+        StateHealth,
+        TensorBytes,
+        Guard,
+        Failure,
+        End,
+    )
+}
+
+Emit = Callable[[Event], None]
+
+_SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def to_record(event: Event) -> dict[str, Any]:
+    """The event as a plain dict, `kind` first."""
+    assert dataclasses.is_dataclass(event)
+    return {"kind": event.kind, **dataclasses.asdict(event)}
+
+
+def encode(record: dict[str, Any]) -> str:
+    """One JSON line, without the newline."""
+    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
+
+
+def decode(line: str) -> dict[str, Any]:
+    """The record of one line; "nan", "inf" and "-inf" of fields typed as float become floats again.
+
+    Raises ValueError for a line that is not a JSON object with a `kind`.
+    """
+    record = json.loads(line)
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        raise ValueError(f"expected a JSON object with a 'kind', got: {line[:80]!r}")
+    cls = KINDS.get(record["kind"])
+    fields = {f.name: str(f.type) for f in dataclasses.fields(cls)} if cls else {}  # type: ignore[arg-type]
+    for name, value in record.items():
+        declared = fields.get(name, "")
+        if isinstance(value, str) and value in _SPECIAL and "float" in declared and "str" not in declared:
+            record[name] = _SPECIAL[value]
+        elif isinstance(value, dict) and "float" in declared:
+            record[name] = {k: _SPECIAL.get(v, v) if isinstance(v, str) else v for k, v in value.items()}
+        elif name == "top10" and isinstance(value, list):
+            record[name] = [(i, _SPECIAL.get(x, x) if isinstance(x, str) else x, s) for i, x, s in value]
+    return record
