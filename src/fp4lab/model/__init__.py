@@ -1,0 +1,1 @@
+"""The Qwen3 graph and the ways a linear layer is computed."""

@@ -1,0 +1,74 @@
+"""Pieces that every path shares: RMSNorm, rotary embedding, attention with a preallocated cache.
+
+Shapes: B batch, T new tokens, S tokens seen in all, N heads, K key/value heads, D head_dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x * rsqrt(mean(x^2) + eps) * weight, the mean in fp32, result in x's dtype (as Qwen3 in transformers)."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight.to(x.dtype)
+
+
+class Rope:
+    """cos/sin tables of the split-half rotary embedding, built in fp32 (arXiv 2104.09864; reference section 3)."""
+
+    def __init__(self, head_dim: int, theta: float, device: torch.device | str):
+        self.inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+
+    def table(self, start: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [T, D], of positions start..start+length."""
+        position = torch.arange(start, start + length, device=self.inv_freq.device).float()
+        angle = torch.outer(position, self.inv_freq)
+        angle = torch.cat((angle, angle), dim=-1)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, heads, T, D] turned by its position."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+class KVCache:
+    """Preallocated keys (after rope) and values of every layer, [layers, B, K, capacity, D]; `length` tokens are valid."""
+
+    def __init__(self, layers: int, batch: int, kv_heads: int, capacity: int, head_dim: int, dtype, device):
+        self.k = torch.empty(layers, batch, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        self.v = torch.empty_like(self.k)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[3]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores T new positions after `length` and returns all [B, K, S, D]; `advance` moves `length` after the last layer."""
+        end = self.length + k.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens; {end} were asked for")
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of q [B, N, T, D] over k, v [B, K, S, D], the T queries being the last of the S positions."""
+    t, s = q.shape[2], k.shape[2]
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:  # expanded here rather than by enable_gqa, which has no fast CPU kernel
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if t == s:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
+    mask = None  # one new token sees everything
+    if t > 1:  # an offset prefill: is_causal would align the triangle to the wrong corner (reference 0.4)
+        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(diagonal=s - t)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

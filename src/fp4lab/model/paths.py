@@ -1,0 +1,101 @@
+"""The four paths over one weight store.
+
+R.dense        unquantised weights; exists only where the checkpoint has them
+A.infer        `Bridge`: packed weights, fused products
+B.fp2_ste      block graph, straight-through linears over float masters
+C.noste_graph  block graph over the packed linears of A
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fp4lab.model.bridge import Bridge
+from fp4lab.model.config import EMBEDDING, HEAD
+from fp4lab.model.linears import DenseLinear, PackedLinear, SteLinear
+from fp4lab.model.qwen3 import Qwen3
+from fp4lab.model.store import WeightStore
+from fp4lab.nvfp4 import PackedTensor, unpack
+
+PATHS = {"bridge": "A.infer", "fp2": "B.fp2_ste", "noste": "C.noste_graph", "dense": "R.dense"}
+TRAINABLE = ("dense", "fp2")
+
+
+def _frozen(store: WeightStore) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(t, requires_grad=False) for name, t in store.raw.items()}
+
+
+def noste_model(store: WeightStore, dtype: torch.dtype, activations: str, native: bool = False) -> Qwen3:
+    """C."""
+    return Qwen3(
+        store.config, lambda name: PackedLinear(store.packed[name], activations, native), _frozen(store), dtype
+    )
+
+
+def bridge_model(store: WeightStore, dtype: torch.dtype, activations: str, native: bool = False) -> Bridge:
+    """A."""
+    return Bridge(store, dtype, activations, native)
+
+
+def _masters(store: WeightStore, master_dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """Own float parameters for every tensor: the unquantised ones where there are any, else the dequantised."""
+    masters = {name: nn.Parameter(t.detach().clone().to(master_dtype)) for name, t in store.raw.items()}
+    for name, p in store.packed.items():
+        if name == HEAD and store.tied:
+            masters[name] = masters[EMBEDDING]
+            continue
+        value = store.dense[name].clone() if store.dense else unpack(p, master_dtype)
+        masters[name] = nn.Parameter(value.to(master_dtype))
+    return masters
+
+
+def dense_model(store: WeightStore, dtype: torch.dtype, master_dtype: torch.dtype | None = None) -> Qwen3:
+    """R as a trainable model. Without unquantised weights in the store it starts from the dequantised ones."""
+    masters = _masters(store, master_dtype or dtype)
+    return Qwen3(store.config, lambda name: DenseLinear(masters[name]), masters, dtype)
+
+
+def reference_model(store: WeightStore, dtype: torch.dtype) -> Qwen3 | None:
+    """R for the first-token probe, over the store's own tensors; None where no unquantised weights exist."""
+    if store.dense is None:
+        return None
+    dense = store.dense
+    return Qwen3(
+        store.config, lambda n: DenseLinear(nn.Parameter(dense[n], requires_grad=False)), _frozen(store), dtype
+    )
+
+
+def fp2_model(
+    store: WeightStore,
+    dtype: torch.dtype,
+    master_dtype: torch.dtype,
+    quantise: Callable[[Tensor], PackedTensor],
+    activations: str = "none",
+    eval_cache: bool = False,
+) -> Qwen3:
+    """B. Until the masters move, its linears use the store's own codes, so an untouched checkpoint gives B = C."""
+    masters = _masters(store, master_dtype)
+
+    def make(name: str) -> nn.Module:
+        return SteLinear(masters[name], store.packed[name], quantise, activations, eval_cache)
+
+    return Qwen3(store.config, make, masters, dtype)
+
+
+def ste_linears(model: Qwen3) -> Iterator[tuple[str, SteLinear]]:
+    """(parameter name, linear) of every straight-through linear."""
+    for name, module in model.named_modules():
+        if isinstance(module, SteLinear):
+            yield f"{name}.weight", module
+
+
+def clear_eval_cache(model: Qwen3) -> None:
+    """Frees the dequantised weights that `eval_cache` kept."""
+    for _, linear in ste_linears(model):
+        linear.clear_eval_cache()
+
+
+def parameter_dict(model: Qwen3) -> dict[str, nn.Parameter]:
+    """Trainable parameters by Hugging Face name; a tied head appears once, as the embedding."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,121 @@
+"""The Qwen3 block graph, written once. `make_linear` decides what each linear is (see `linears`).
+
+Parameter names equal those of the Hugging Face checkpoint. Oracle: transformers' Qwen3ForCausalLM.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fp4lab.model.config import Qwen3Config
+from fp4lab.model.layers import KVCache, Rope, attend, rms_norm, rotate
+
+MakeLinear = Callable[[str], nn.Module]  # parameter name -> the linear that computes it
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, weight: nn.Parameter, eps: float):
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Qwen3Config, layer: int, make: MakeLinear, raw: dict[str, nn.Parameter]):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        prefix = f"model.layers.{layer}.self_attn."
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (make(f"{prefix}{s}_proj.weight") for s in "qkvo")
+        self.q_norm = RMSNorm(raw[prefix + "q_norm.weight"], config.rms_norm_eps)
+        self.k_norm = RMSNorm(raw[prefix + "k_norm.weight"], config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        b, t, _ = x.shape
+
+        def heads(y: Tensor) -> Tensor:  # [B, T, n * D] -> [B, T, n, D]
+            return y.view(b, t, -1, self.head_dim)
+
+        q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos, sin)
+        k = rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), cos, sin)
+        v = heads(self.v_proj(x)).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        return self.o_proj(attend(q, k, v).transpose(1, 2).reshape(b, t, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, layer: int, make: MakeLinear):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (
+            make(f"model.layers.{layer}.mlp.{s}_proj.weight") for s in ("gate", "up", "down")
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Qwen3Config, layer: int, make: MakeLinear, raw: dict[str, nn.Parameter]):
+        super().__init__()
+        prefix = f"model.layers.{layer}."
+        self.input_layernorm = RMSNorm(raw[prefix + "input_layernorm.weight"], config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, make, raw)
+        self.post_attention_layernorm = RMSNorm(raw[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
+        self.mlp = MLP(layer, make)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm: the part Hugging Face names `model.`."""
+
+    def __init__(self, config: Qwen3Config, make: MakeLinear, raw: dict[str, nn.Parameter]):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=raw["model.embed_tokens.weight"])
+        self.layers = nn.ModuleList(Block(config, i, make, raw) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(raw["model.norm.weight"], config.rms_norm_eps)
+
+
+class Qwen3(nn.Module):
+    """`hidden` then `logits`, so that a caller pays for the head only where it wants logits."""
+
+    def __init__(self, config: Qwen3Config, make_linear: MakeLinear, raw: dict[str, nn.Parameter], dtype: torch.dtype):
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.model = Decoder(config, make_linear, raw)
+        self.lm_head = make_linear("lm_head.weight")
+        self.rope = Rope(config.head_dim, config.rope_theta, raw["model.norm.weight"].device)
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, trace: list[Tensor] | None = None) -> Tensor:
+        """ids [B, T] int64 -> hidden states after the final norm [B, T, H] in the compute dtype.
+
+        `trace` receives the hidden states after each block, before the final norm.
+        """
+        x = self.model.embed_tokens(ids).to(self.dtype)
+        cos, sin = self.rope.table(cache.length if cache else 0, ids.shape[1], self.dtype)
+        for block in self.model.layers:
+            x = block(x, cos, sin, cache)
+            if trace is not None:
+                trace.append(x)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] -> logits [..., V], fp32."""
+        return self.lm_head(hidden).float()
+
+    def last_logits(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits of the last position, [B, V] fp32."""
+        return self.logits(self.hidden(ids, cache)[:, -1])
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        c = self.config
+        device = self.rope.inv_freq.device
+        return KVCache(c.num_hidden_layers, batch, c.num_key_value_heads, capacity, c.head_dim, self.dtype, device)
