@@ -241,6 +241,29 @@ SECRETS = [
     "music",
 ]
 
+# What the user may tell, how, the reply, how they ask for it later, and the answer.
+TOLD = [
+    (LIKES, ["I like {}.", "I like {}", "I love {}.", "I really like {}."], "Good to know: you like {}.",
+     ["what do I like?", "What do I like?", "do you remember what I like?", "What do I love?", "tell me what I like"],
+     "You like {}."),
+    (CITIES, ["I live in {}.", "I am from {}.", "my home is in {}"], "{} must be a nice place.",
+     ["where do I live?", "Where do I live?", "which city do I live in?", "Where is my home?"], "You live in {}."),
+    (FAV_COLOURS, ["My favourite colour is {}.", "my favorite color is {}", "I like the colour {}."],
+     "{} is a beautiful colour.",
+     ["what is my favourite colour?", "What is my favorite color?", "which colour do I like?"],
+     "Your favourite colour is {}."),
+    (PETS, ["I have a {}.", "i have a {}", "My pet is a {}."], "A {} is a good friend.",
+     ["what pet do I have?", "What pet do I have?", "which animal do I have?", "do you remember my pet?"],
+     "You have a {}."),
+    (JOBS, ["I am a {}.", "I work as a {}.", "i am a {}"], "Being a {} is important work.",
+     ["what is my job?", "What is my job?", "what do I do for work?", "what is my work?"], "You are a {}."),
+    (SECRETS, ["The secret word is {}.", "Remember the word {}.", "remember this: {}",
+               "Please remember the secret word {}."],
+     "I will remember the word {}.",
+     ["what is the secret word?", "What was the word?", "which word did I tell you?", "Tell me the word."],
+     "The word is {}."),
+]  # fmt: skip
+
 PREVIOUS_Q = ["what was my previous question?", "What was my previous question?", "what was my previous question",
               "What did I just ask?",
               "what did I ask you before?", "repeat my previous question", "What did I say before?",

@@ -28,62 +28,11 @@ def name(rng: random.Random) -> Chat:
 
 def told(rng: random.Random) -> Chat:
     """The user says something about themselves and asks for it."""
-    chat = Chat()
-    kind = rng.randrange(6)
-    if kind == 0:
-        x = rng.choice(talk.LIKES)
-        said, reply, recall = (
-            rng.choice(["I like {}.", "I like {}", "I love {}.", "I really like {}."]),
-            "Good to know: you like {}.",
-            "You like {}.",
-        )
-        asks = [
-            "what do I like?",
-            "What do I like?",
-            "do you remember what I like?",
-            "What do I love?",
-            "tell me what I like",
-        ]
-    elif kind == 1:
-        x = rng.choice(talk.CITIES)
-        said, reply, recall = (
-            rng.choice(["I live in {}.", "I am from {}.", "my home is in {}"]),
-            "{} must be a nice place.",
-            "You live in {}.",
-        )
-        asks = ["where do I live?", "Where do I live?", "which city do I live in?", "Where is my home?"]
-    elif kind == 2:
-        x = rng.choice(talk.FAV_COLOURS)
-        said, reply, recall = (
-            rng.choice(["My favourite colour is {}.", "my favorite color is {}", "I like the colour {}."]),
-            "{} is a beautiful colour.", "Your favourite colour is {}.",
-        )  # fmt: skip
-        asks = ["what is my favourite colour?", "What is my favorite color?", "which colour do I like?"]
-    elif kind == 3:
-        x = rng.choice(talk.PETS)
-        said, reply, recall = (
-            rng.choice(["I have a {}.", "i have a {}", "My pet is a {}."]),
-            "A {} is a good friend.",
-            "You have a {}.",
-        )
-        asks = ["what pet do I have?", "What pet do I have?", "which animal do I have?", "do you remember my pet?"]
-    elif kind == 4:
-        x = rng.choice(talk.JOBS)
-        said, reply, recall = (
-            rng.choice(["I am a {}.", "I work as a {}.", "i am a {}"]),
-            "Being a {} is important work.",
-            "You are a {}.",
-        )
-        asks = ["what is my job?", "What is my job?", "what do I do for work?", "what is my work?"]
-    else:
-        x = rng.choice(talk.SECRETS)
-        said, reply, recall = (
-            rng.choice(["The secret word is {}.", "Remember the word {}.", "remember this: {}", "Please remember the secret word {}."]),
-            "I will remember the word {}.", "The word is {}.",
-        )  # fmt: skip
-        asks = ["what is the secret word?", "What was the word?", "which word did I tell you?", "Tell me the word."]
+    things, sayings, reply, asks, recall = rng.choice(talk.TOLD)
+    x = rng.choice(things)
+    said = rng.choice(sayings).format(x)
     reply = reply.format(x)
-    chat.add(said.format(x), reply[0].upper() + reply[1:])
+    chat = Chat().add(said, reply[0].upper() + reply[1:])
     filler(rng, chat)
     return chat.add(rng.choice(asks), recall.format(x))
 

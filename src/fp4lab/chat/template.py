@@ -25,7 +25,8 @@ def render(messages: Sequence[Message], style: str = "official", add_generation_
     """The text of a conversation.
 
     Args:
-        messages: each with `role` (system, user or assistant) and `content`, taken literally.
+        messages: each with `role` (system, user or assistant) and `content`, taken literally: a special
+            token written in it becomes that token when encoded.
         style: one of `STYLES`. "official" equals the `chat_template` of Qwen3 Instruct without tools.
         add_generation_prompt: end with the opening of the assistant's turn.
 

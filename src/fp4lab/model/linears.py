@@ -8,8 +8,6 @@ ste     a float master; forward uses exactly the dequantised NVFP4 value, backwa
 with the rounded values in the compute dtype, which differs from the real one only in the summation's rounding.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,47 +63,31 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return grad, None
+        return grad, None  # cast to the master's dtype by autograd
 
 
 class SteLinear(nn.Module):
-    """B: trains `weight` through its NVFP4 image.
+    """B: trains `weight` through `packed`, its NVFP4 image.
 
-    `packed` is that image where it is known: the checkpoint's own codes before the master has moved, or the
-    optimizer's. It is used as it is, so an untouched checkpoint gives the very weights of paths A and C.
-    Without it (`packed = None`) the master is quantised at each call by `quantise`.
+    The image is the store's own buffer: the checkpoint's codes until the master moves, then what the owner of the
+    optimizer step wrote there. So B computes with exactly the codes of A and C, and nothing is quantised twice.
     `eval_cache` keeps the dequantised weight while gradients are off, until `clear_eval_cache`.
     """
 
-    def __init__(
-        self,
-        weight: nn.Parameter,
-        packed: PackedTensor | None,
-        quantise: Callable[[Tensor], PackedTensor],
-        activations: str = "none",
-        eval_cache: bool = False,
-    ):
+    def __init__(self, weight: nn.Parameter, packed: PackedTensor, activations: str = "none", eval_cache: bool = False):
         super().__init__()
-        self.weight, self.packed, self.quantise = weight, packed, quantise
+        self.weight, self.packed = weight, packed
         self.activations, self.eval_cache = activations, eval_cache
         self._cached: Tensor | None = None
 
-    def set_packed(self, packed: PackedTensor | None) -> None:
-        """The master's image has changed (or is no longer known)."""
-        self.packed, self._cached = packed, None
-
     def clear_eval_cache(self) -> None:
         self._cached = None
-
-    def image(self) -> PackedTensor:
-        """The NVFP4 tensor this linear computes with."""
-        return self.packed if self.packed is not None else self.quantise(self.weight.detach())
 
     def _quantised(self, dtype: torch.dtype) -> Tensor:
         caching = self.eval_cache and not torch.is_grad_enabled()
         if caching and self._cached is not None and self._cached.dtype == dtype:
             return self._cached
-        value = unpack(self.image(), dtype)
+        value = unpack(self.packed, dtype)
         if caching:
             self._cached = value
         return value

@@ -6,17 +6,17 @@ B.fp2_ste      block graph, straight-through linears over float masters
 C.noste_graph  block graph over the packed linears of A
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fp4lab.model.bridge import Bridge
 from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.model.linears import DenseLinear, PackedLinear, SteLinear
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.model.store import WeightStore
-from fp4lab.nvfp4 import PackedTensor, unpack
+from fp4lab.nvfp4 import unpack
 
 PATHS = {"bridge": "A.infer", "fp2": "B.fp2_ste", "noste": "C.noste_graph", "dense": "R.dense"}
 TRAINABLE = ("dense", "fp2")
@@ -70,15 +70,14 @@ def fp2_model(
     store: WeightStore,
     dtype: torch.dtype,
     master_dtype: torch.dtype,
-    quantise: Callable[[Tensor], PackedTensor],
     activations: str = "none",
     eval_cache: bool = False,
 ) -> Qwen3:
-    """B. Until the masters move, its linears use the store's own codes, so an untouched checkpoint gives B = C."""
+    """B: float masters of its own, the store's codes in the forward."""
     masters = _masters(store, master_dtype)
 
     def make(name: str) -> nn.Module:
-        return SteLinear(masters[name], store.packed[name], quantise, activations, eval_cache)
+        return SteLinear(masters[name], store.packed[name], activations, eval_cache)
 
     return Qwen3(store.config, make, masters, dtype)
 

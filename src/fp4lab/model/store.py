@@ -80,13 +80,18 @@ def build_store(
             raise UserError(f"{source}: {name} has shape {list(value.shape)}; config.json asks for {list(shape)}.")
         return value.to(device)
 
-    def linear(name: str, shape: tuple[int, ...]) -> PackedTensor:
-        value = fetch(name, shape)
-        if isinstance(value, PackedTensor):
-            return value
+    def linears(members: dict[str, tuple[int, ...]]) -> PackedTensor:
+        """One packed tensor of all rows; quantised together, so that a per-tensor scale is one for the group."""
+        values = {name: fetch(name, shape) for name, shape in members.items()}
+        packed = [v for v in values.values() if isinstance(v, PackedTensor)]
+        if len(packed) == len(values):
+            return concat_rows(packed)
+        if packed:
+            raise UserError(f"{source}: of {', '.join(members)} some are packed and some are not")
+        floats = {n: v for n, v in values.items() if not isinstance(v, PackedTensor)}
         if keep_dense:
-            dense[name] = value.to(dtype)
-        return quantise(value)
+            dense.update((n, v.to(dtype)) for n, v in floats.items())
+        return quantise(torch.cat(list(floats.values())) if len(floats) > 1 else next(iter(floats.values())))
 
     for name, shape in config.raw().items():
         value = fetch(name, shape)
@@ -101,26 +106,27 @@ def build_store(
             ("gate_up", MLP_IN),
             ("down", ("mlp.down_proj",)),
         ):
-            members = [prefix + s + ".weight" for s in suffixes]
-            parts = [linear(n, config.linear_shape(s)) for n, s in zip(members, suffixes, strict=True)]
-            whole = store.fused[prefix + fused] = concat_rows(parts)
+            members = {f"{prefix}{s}.weight": config.linear_shape(s) for s in suffixes}
+            whole = store.fused[prefix + fused] = linears(members)
             start = 0
-            for name, part in zip(members, parts, strict=True):
-                store.packed[name] = whole.rows(start, start + part.shape[0])
-                start += part.shape[0]
+            for name, (rows, _) in members.items():
+                store.packed[name] = whole.rows(start, start + rows)
+                start += rows
     if store.tied:
         store.packed[HEAD] = quantise(store.raw[EMBEDDING])
         if keep_dense:
             dense[HEAD] = store.raw[EMBEDDING]
     else:
-        store.packed[HEAD] = linear(HEAD, config.linear_shape("lm_head"))
+        store.packed[HEAD] = linears({HEAD: config.linear_shape("lm_head")})
     store.fused["lm_head"] = store.packed[HEAD]
     if keep_dense and len(dense) == len(store.packed):
         store.dense = dense
     return store
 
 
-def random_weights(config: Qwen3Config, seed: int, device: torch.device | str, dtype: torch.dtype) -> tuple[set[str], Get]:
+def random_weights(
+    config: Qwen3Config, seed: int, device: torch.device | str, dtype: torch.dtype
+) -> tuple[set[str], Get]:
     """Names and getter of an untrained model: linears and embedding N(0, 0.02), norms 1. Same seed, same tensors.
 
     Each tensor is made when asked for, on `device`, so that no second copy of the model exists.
@@ -166,6 +172,4 @@ def copy_packed(target: PackedTensor, source: PackedTensor) -> None:
     if (target.global_scale is None) != (source.global_scale is None) or target.divide != source.divide:
         raise ValueError("cannot copy between packed tensors of different scale levels")
     if target.global_scale is not None and source.global_scale is not None:
-        target.global_scale.copy_(source.global_scale.reshape(-1, 1).expand_as(target.global_scale.reshape(-1, 1)).reshape(target.global_scale.shape))
-
-
+        target.global_scale.copy_(source.global_scale)

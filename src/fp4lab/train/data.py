@@ -120,14 +120,14 @@ def _files(path: Path) -> list[Path]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1. Splits at line feeds only, unlike `str.splitlines`."""
+    """Lines that are not blank, with their numbers from 1. Splits at line ends only, unlike `str.splitlines`."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield number, line.rstrip("\r")
+            yield number, line
 
 
 def _text(line: str, where: str) -> dict[str, Any]:

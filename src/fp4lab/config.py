@@ -1,0 +1,309 @@
+"""The typed schema of `conf/`: every key a run knows, its type, its default and what it means.
+
+Hydra composes YAML into these dataclasses, so a misspelt key or an unknown choice fails at composition, naming itself.
+Choices are enums (OmegaConf has no Literal). The worker gets the same thing as a plain dict (`to_dict`).
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from fp4lab.errors import UserError
+
+PHASES = (
+    "start",
+    "model_loaded",
+    "session_disposed",
+    "post_load_compacted",
+    "first_token_done",
+    "state_initialized",
+    "batch_ready",
+    "zero_grad_done",
+    "forward_done",
+    "backward_done",
+    "optimizer_step_done",
+    "cleanup_done",
+)
+
+
+def _choice(name: str, *members: str) -> Any:
+    return Enum(name, {m: m for m in members})
+
+
+StopAfter = _choice("StopAfter", "none", *PHASES)
+Device = _choice("Device", "auto", "cpu", "cuda")
+DType = _choice("DType", "auto", "float32", "bfloat16", "float16")
+LossName = _choice("LossName", "ce", "scalar")
+TaskName = _choice("TaskName", "step", "tune")
+WeightsKind = _choice("WeightsKind", "shipped", "random", "hf", "dat")
+BackendName = _choice("BackendName", "dense", "bridge", "fp2", "noste")
+Activations = _choice("Activations", "none", "nvfp4")
+KvcName = _choice("KvcName", "replay", "prefill", "persistent")
+StepName = _choice("StepName", "chunked", "dense")
+StateFormat = _choice("StateFormat", "nvfp4", "nvfp4_two_level", "int8", "bf16", "fp32")
+Master = _choice("Master", "packed", "packed_stochastic", "bf16", "fp32")
+TrackerName = _choice("TrackerName", "offline", "online", "off")
+Order = _choice("Order", "random", "sequential")
+Style = _choice("Style", "official", "training")
+Rule = _choice("Rule", "ct", "torchao", "native", "nearest", "stochastic")
+Levels = _choice("Levels", "single", "tensor", "row")
+Schedule = _choice("Schedule", "constant", "cosine")
+
+
+@dataclass
+class TaskConfig:
+    """What the run does. The keys below `name` belong to task=tune."""
+
+    name: TaskName = TaskName.step
+    batch_size: int = 1  # rows of seq_len tokens
+    schedule: Schedule = Schedule.constant  # learning rate over the run
+    warmup_steps: int = 0
+    eval_every: int = 0  # steps between held-out losses; 0 = only at the end
+    log_every: int = 10  # steps between loss events
+    prompts: list[str] = field(default_factory=list)  # answered on every path at the end
+    max_tokens: int = 48  # of each answer
+    output: str | None = None  # .dat file to write at the end
+
+
+@dataclass
+class ModelConfig:
+    """Shapes. With `path`, its config.json decides and `config` stays empty."""
+
+    name: str = "tiny"
+    path: str | None = None  # folder with config.json and tokenizer.json
+    config: dict[str, Any] = field(default_factory=dict)  # the fields of a Qwen3 config.json
+
+
+@dataclass
+class WeightsConfig:
+    """Where tensors come from."""
+
+    kind: WeightsKind = WeightsKind.shipped
+    path: str | None = None  # file (dat) or folder (hf)
+    rule: Rule = Rule.torchao  # how unquantised linears are packed
+    levels: Levels = Levels.single  # second-level scale: none, one a tensor, one a row
+
+
+@dataclass
+class BackendConfig:
+    """How a linear is computed: R dense, A bridge, B fp2 (straight-through), C noste."""
+
+    name: BackendName = BackendName.fp2
+    activations: Activations = Activations.none  # none: W4A16; nvfp4: W4A4 (emulated without FP4 matrix units)
+    native_fp4: bool = False  # torch's scaled FP4 product, sm_100 and later; unconfirmed on hardware
+    eval_cache: bool = False  # fp2: keep dequantised weights while gradients are off
+
+
+@dataclass
+class KvcConfig:
+    """What generation keeps between tokens and turns."""
+
+    name: KvcName = KvcName.replay
+
+
+@dataclass
+class StepConfig:
+    """How parameters are updated (reference section 5.4)."""
+
+    name: StepName = StepName.chunked
+    chunk_rows: int = 32  # rows decoded at a time: bounds the optimizer's scratch memory
+    state: StateFormat = StateFormat.nvfp4_two_level  # how moments are stored
+    master: Master = Master.packed_stochastic  # how weights are stored between steps
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_update: float | None = None  # cap on |update| / lr per element
+    flush_each_param: bool = False  # synchronise and empty the allocator's cache after each parameter
+    offload_mv: bool = False  # keep moments in host memory
+    offload_w: bool = False  # keep packed weights in host memory
+    offload_grad: bool = False  # move gradients to host memory before the step
+    grad_norm: bool = True  # compute and record the global gradient norm
+    clip_grad: float | None = None  # clip the global gradient norm to this
+    sanitize: bool = False  # NaN and Inf in gradients become 0
+
+
+@dataclass
+class QuirkConfig:
+    """Incidents of the reference log, each switched on to be seen and caught."""
+
+    scale_bytes_undecoded: bool = False  # B reads E4M3 scale bytes as integers (reference 2.5, failure 4)
+    rope_theta_1e6: bool = False  # B ignores the checkpoint's rope_theta (reference 0.1)
+    no_final_norm: bool = False  # loss on hidden states without the final norm (reference 0.7)
+    pack_everything: bool = False  # norms and embedding optimised through FP4 too (failure 41)
+
+
+@dataclass
+class GuardConfig:
+    """Limits of a run, enforced from outside it."""
+
+    name: str = "host"
+    limit_gb: float | None = None  # GB of 1024 MiB, of the worker's process tree
+    over_s: float = 0.0  # how long a breach may last; 0 = none
+    poll_s: float = 0.1
+    sample_s: float = 1.0  # a memory sample is recorded this often
+    wall_s: float | None = None  # the whole run
+    term_grace_s: float = 5.0  # between SIGTERM and SIGKILL
+
+
+@dataclass
+class TrackerConfig:
+    """Where records go besides events.jsonl."""
+
+    name: TrackerName = TrackerName.offline
+    project: str = "fp4lab"
+    group: str | None = None  # default: the sweep's name
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DataConfig:
+    """What is trained on."""
+
+    path: str = "data/samples/whoami.tsv"  # .txt, .tsv, .jsonl, or a folder of them
+    order: Order = Order.random
+    style: Style = Style.official  # chat rendering (reference 4.1)
+
+
+@dataclass
+class SweepConfig:
+    resume: bool = False  # skip runs that already finished with the same configuration
+
+
+@dataclass
+class RunConfig:
+    """One run."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    kvc: KvcConfig = field(default_factory=KvcConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    quirk: QuirkConfig = field(default_factory=QuirkConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    seq_len: int = 32  # longest input, tokens
+    steps: int = 1
+    lr: float = 1e-4
+    loss: LossName = LossName.ce
+    prompt: str = "hi"  # of the first-token probe
+    seed: int = 123
+    device: Device = Device.auto
+    dtype: DType = DType.auto  # of the computation; auto: float32 on a CPU, bfloat16 on a GPU
+    threads: int = 0  # CPU threads; 0 = all cores
+    stop_after: StopAfter = StopAfter.none
+    dry_run: bool = False  # list what would run
+
+
+def register() -> None:
+    """Makes the schema known to Hydra as `base_config`."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="base_config", node=RunConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The composed config as plain data: what the worker gets and what is recorded."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(config, resolve=True, enum_to_str=True)  # type: ignore[return-value]
+
+
+def fingerprint(config: dict[str, Any]) -> str:
+    """SHA-256 of what decides a run's numbers; where records go and what is skipped does not."""
+    kept = {k: v for k, v in config.items() if k not in ("tracker", "sweep", "dry_run", "guard")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+# key: (smallest allowed value, may it be equal)
+_BOUNDS: dict[str, tuple[float, bool]] = {
+    "seq_len": (1, True),
+    "steps": (1, True),
+    "lr": (0, True),
+    "threads": (0, True),
+    "step.chunk_rows": (1, True),
+    "step.eps": (0, False),
+    "step.beta1": (0, True),
+    "step.beta2": (0, True),
+    "step.weight_decay": (0, True),
+    "step.max_update": (0, False),
+    "step.clip_grad": (0, False),
+    "guard.limit_gb": (0, False),
+    "guard.over_s": (0, True),
+    "guard.poll_s": (0.005, True),
+    "guard.sample_s": (0, True),
+    "guard.wall_s": (0, False),
+    "guard.term_grace_s": (0, True),
+    "task.batch_size": (1, True),
+    "task.warmup_steps": (0, True),
+    "task.eval_every": (0, True),
+    "task.log_every": (1, True),
+    "task.max_tokens": (1, True),
+}
+
+
+def check(config: dict[str, Any]) -> None:
+    """What types cannot say. Raises UserError naming the option, its value and what is expected."""
+    for key, (least, equal) in _BOUNDS.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value[part]
+        if value is not None and not (value >= least if equal else value > least):
+            raise UserError(f"{key}={value}: expected a number {'of at least' if equal else 'greater than'} {least:g}")
+    for key in ("beta1", "beta2"):
+        if config["step"][key] >= 1:
+            raise UserError(f"step.{key}={config['step'][key]}: expected less than 1")
+    kind, path = config["weights"]["kind"], config["weights"]["path"]
+    if kind in ("hf", "dat") and not path:
+        what = "folder with config.json and *.safetensors" if kind == "hf" else ".dat file"
+        raise UserError(f"weights={kind} needs weights.path=<{what}>")
+    if kind == "shipped" and config["model"]["name"] != "tiny":
+        raise UserError(
+            f"model={config['model']['name']} has no shipped weights: add weights=random, "
+            "weights=hf weights.path=<folder> or weights=dat weights.path=<file>"
+        )
+    if config["backend"]["native_fp4"] and config["backend"]["activations"] != "nvfp4":
+        raise UserError("backend.native_fp4=true multiplies FP4 by FP4: it needs backend.activations=nvfp4")
+
+
+# top-level group or key prefix -> (condition under which it has no effect, why)
+def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
+    """Sentences about choices that the user made and that change nothing in this run."""
+    task, backend, step = config["task"]["name"], config["backend"]["name"], config["step"]["name"]
+    trains = backend in ("dense", "fp2")
+    said = []
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0]
+        if key.split(".")[0] == "kvc":
+            said.append(f"{override} has no effect: task={task} generates with no cache policy.")
+        elif key.split(".")[0] == "step" and task == "step" and not trains:
+            said.append(f"{override} has no effect: backend={backend} is not trained.")
+        elif key in _CHUNKED_ONLY and step == "dense":
+            said.append(f"{override} has no effect: step=dense is torch's AdamW on whole parameters.")
+        elif key.startswith("task.") and task == "step":
+            said.append(f"{override} has no effect in task=step.")
+        elif key == "backend.eval_cache" and backend != "fp2":
+            said.append(f"{override} has no effect: only backend=fp2 requantises its weights.")
+        elif key == "stop_after" and task != "step":
+            said.append(f"{override} has no effect: only task=step has these phases.")
+    return said
+
+
+_CHUNKED_ONLY = {
+    f"step.{k}"
+    for k in (
+        "chunk_rows",
+        "state",
+        "master",
+        "max_update",
+        "flush_each_param",
+        "offload_mv",
+        "offload_w",
+        "offload_grad",
+    )
+}

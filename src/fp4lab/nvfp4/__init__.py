@@ -1,0 +1,26 @@
+"""The number format: packed tensors, the reference codec, and the layouts hardware wants."""
+
+from fp4lab.nvfp4.codec import LEVELS, RULES, decode_e4m3, encode_e2m1, encode_e4m3, pack, repack_like, unpack
+from fp4lab.nvfp4.emulate import quantize_activations
+from fp4lab.nvfp4.native import native_available, operand, scaled_fp4_matmul
+from fp4lab.nvfp4.packed import BLOCK, PackedTensor
+from fp4lab.nvfp4.swizzle import swizzle, unswizzle
+
+__all__ = [
+    "BLOCK",
+    "LEVELS",
+    "RULES",
+    "PackedTensor",
+    "decode_e4m3",
+    "encode_e2m1",
+    "encode_e4m3",
+    "native_available",
+    "operand",
+    "pack",
+    "quantize_activations",
+    "repack_like",
+    "scaled_fp4_matmul",
+    "swizzle",
+    "unpack",
+    "unswizzle",
+]

@@ -1,0 +1,200 @@
+"""From configuration to a loaded model: device, dtype, shapes, tokenizer, weights and the path that computes."""
+
+import functools
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp4lab.chat.tokenizer import Tokenizer
+from fp4lab.checkpoint import FileInfo, Weights, open_weights
+from fp4lab.errors import UserError
+from fp4lab.events import Emit, File, Note
+from fp4lab.model.bridge import Bridge
+from fp4lab.model.config import HEAD, Qwen3Config
+from fp4lab.model.paths import bridge_model, dense_model, fp2_model, noste_model, ste_linears
+from fp4lab.model.qwen3 import Qwen3
+from fp4lab.model.store import WeightStore, build_store, random_weights
+from fp4lab.nvfp4 import PackedTensor, pack, repack_like
+
+SHIPPED = Path("models/tiny")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Session:
+    """Everything a task computes with. `model` is the path that `backend` names."""
+
+    config: dict[str, Any]
+    shape: Qwen3Config
+    tokenizer: Tokenizer
+    store: WeightStore
+    model: Qwen3 | Bridge
+    device: torch.device
+    dtype: torch.dtype
+    _weights: Weights | None = None
+
+    @property
+    def backend(self) -> str:
+        return self.config["backend"]["name"]
+
+    @property
+    def activations(self) -> str:
+        return self.config["backend"]["activations"]
+
+    @property
+    def native(self) -> bool:
+        return self.config["backend"]["native_fp4"]
+
+    def dispose(self) -> None:
+        """Closes the checkpoint: what was mapped to load the model is let go."""
+        if self._weights is not None:
+            self._weights.close()
+            self._weights = None
+
+    def compact(self) -> None:
+        """Collects garbage and returns cached device memory."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def publish(self, stored: dict[str, "PackedTensor | Tensor"] | None = None) -> None:
+        """Writes the trained weights into the store, so that every path computes with them.
+
+        `stored` holds what the optimizer keeps packed; other linears are packed here from their float masters.
+        """
+        if not isinstance(self.model, Qwen3):
+            return
+        rule = self.config["weights"]["rule"]
+        stored = stored or {}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, parameter in parameters.items():
+            value = stored.get(name)
+            if name in self.store.raw:
+                self.store.update(name, parameter)
+            elif isinstance(value, PackedTensor):
+                self.store.update(name, value)
+            if name in self.store.packed and not isinstance(value, PackedTensor):
+                self.store.update(name, repack_like(parameter, self.store.packed[name], rule=rule))
+        for _, linear in ste_linears(self.model):
+            linear.clear_eval_cache()
+
+
+def open_session(config: dict[str, Any], emit: Emit) -> Session:
+    """Loads the model that `config` describes, reporting every file used. Raises UserError."""
+    device = _device(config["device"])
+    dtype = _dtype(config["dtype"], device)
+    kind = config["weights"]["kind"]
+    shape, folder = _shape(config, emit)
+    tokenizer = _tokenizer(folder, shape, config["model"]["name"], emit)
+    weights: Weights | None = None
+    if kind == "random":
+        names, get = random_weights(shape, config["seed"], device, dtype)
+        source = "weights=random"
+    else:
+        path = config["weights"]["path"] or str(SHIPPED / "model.dat")
+        weights = open_weights("dat" if kind == "shipped" else kind, Path(path))
+        names, get, source = set(weights.names()), weights.get, path
+    quantise = functools.partial(pack, rule=config["weights"]["rule"], levels=config["weights"]["levels"])
+    with torch.no_grad():
+        store = build_store(
+            shape,
+            names,
+            get,
+            device=device,
+            dtype=dtype,
+            quantise=quantise,
+            keep_dense=kind in ("random", "hf"),
+            source=source,
+        )
+    for info in weights.files if weights else []:
+        _report(emit, info)
+    session = Session(config, shape, tokenizer, store, None, device, dtype, weights)  # type: ignore[arg-type]
+    session.model = _model(session, emit)
+    return session
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no CUDA device here; use device=cpu, or check the driver (nvidia-smi)")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[name]
+
+
+def _shape(config: dict[str, Any], emit: Emit) -> tuple[Qwen3Config, Path | None]:
+    """The model's shape and the folder it came from: the weights' own folder, model.path, or model.config."""
+    model, weights = config["model"], config["weights"]
+    folder = model["path"]
+    if weights["kind"] == "hf" and (model["name"] != "tiny" or not folder or Path(folder) == SHIPPED):
+        folder = weights["path"]
+    if folder is None:
+        if not model["config"]:
+            raise UserError("model: neither model.path (a folder with config.json) nor model.config is given")
+        return Qwen3Config.from_dict(dict(model["config"]), f"conf/model/{model['name']}.yaml"), None
+    path = Path(folder) / "config.json"
+    shape = Qwen3Config.from_json(path)
+    _report(emit, FileInfo("config", path, "json"))
+    return shape, Path(folder)
+
+
+def _tokenizer(folder: Path | None, shape: Qwen3Config, name: str, emit: Emit) -> Tokenizer:
+    path = (folder or SHIPPED) / "tokenizer.json"
+    if folder is None:
+        emit(
+            Note(
+                topic="tokenizer",
+                text=f"model={name} brings no tokenizer.json: text is encoded with {path}, whose ids are valid "
+                "but not this model's. Set model.path or weights.path to the model's folder for its own.",
+            )
+        )
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(f"{path}: {tokenizer.vocab_size} ids, but the model's vocab_size is {shape.vocab_size}")
+    _report(emit, FileInfo("tokenizer", path, "json"))
+    return tokenizer
+
+
+def _model(s: Session, emit: Emit) -> Qwen3 | Bridge:
+    if s.activations == "nvfp4" and not s.native:
+        emit(
+            Note(
+                topic="activations",
+                text="W4A4 is emulated: activations are rounded to NVFP4 and multiplied in the compute dtype.",
+            )
+        )
+    if s.backend == "bridge":
+        return bridge_model(s.store, s.dtype, s.activations, s.native)
+    if s.backend == "noste":
+        return noste_model(s.store, s.dtype, s.activations, s.native)
+    master = s.config["step"]["master"]
+    if s.config["step"]["name"] == "dense":
+        master = "fp32"
+    master_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(master, s.dtype)
+    if s.backend == "dense":
+        if s.store.dense is None:
+            emit(Note(topic="backend", text="backend=dense: the checkpoint is packed; its dequantised weights are used."))
+        return dense_model(s.store, s.dtype, master_dtype)
+    return fp2_model(s.store, s.dtype, master_dtype, s.activations, s.config["backend"]["eval_cache"])
+
+
+def _report(emit: Emit, info: FileInfo) -> None:
+    emit(File(role=info.role, path=str(info.path), format=info.format, bytes=info.bytes, sha256=info.sha256))
+
+
+def trained_names(session: Session) -> list[str]:
+    """Names of the parameters that a step changes; the head of a tied model is the embedding."""
+    if not isinstance(session.model, Qwen3):
+        return []
+    return [n for n, p in session.model.named_parameters() if p.requires_grad and not (n == HEAD and session.store.tied)]

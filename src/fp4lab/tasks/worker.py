@@ -1,0 +1,16 @@
+"""The worker's entry: the task that the configuration names, in this process."""
+
+from fp4lab.events import Emit
+from fp4lab.tasks import step, tune
+
+TASKS = {"step": step.run, "tune": tune.run}
+
+
+def main(config: dict, emit: Emit) -> None:
+    """Runs the task. Its errors leave as exceptions; `fp4lab.errors` says which are the user's."""
+    import torch
+
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    torch.manual_seed(config["seed"])
+    TASKS[config["task"]["name"]](config, emit)

@@ -1,0 +1,46 @@
+"""Losses of a sample (reference section 5.1), the final norm always applied (reference 0.7: without it 35 to 89)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp4lab.model.qwen3 import Qwen3
+from fp4lab.train.batches import IGNORE
+
+
+def cross_entropy(model, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets that count. hidden [B, T, H] after the final norm, targets [B, T] int64, -100 left out.
+
+    Only the positions that count go through the head.
+    """
+    counts = targets != IGNORE
+    return F.cross_entropy(model.logits(hidden[counts]), targets[counts])
+
+
+def scalar(model: Qwen3, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Mean |hidden - embedding of the target|, over the targets that count."""
+    counts = targets != IGNORE
+    wanted = F.embedding(targets[counts], embedding(model))
+    return (hidden[counts].float() - wanted.detach().float()).abs().mean()
+
+
+def embedding(model) -> Tensor:
+    """The embedding table [V, H] of a path."""
+    return model.model.embed_tokens.weight if isinstance(model, Qwen3) else model.store.raw["model.embed_tokens.weight"]
+
+
+LOSSES = {"ce": cross_entropy, "scalar": scalar}
+
+
+@torch.no_grad()
+def evaluate(model, batches, name: str = "ce") -> tuple[float, int]:
+    """Mean loss over all targets of the batches, and their number."""
+    device = embedding(model).device
+    total, tokens = 0.0, 0
+    for batch in batches:
+        targets = batch.targets.to(device)
+        count = int((targets != IGNORE).sum())
+        if count:
+            total += float(LOSSES[name](model, model.hidden(batch.ids.to(device)), targets)) * count
+            tokens += count
+    return total / max(tokens, 1), tokens
