@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp4lab.model.config import Qwen3Config
+from fp4lab.model.config import EMBEDDING, FINAL_NORM, Qwen3Config
 from fp4lab.model.layers import KVCache, Rope, attend, rms_norm, rotate
 
 MakeLinear = Callable[[str], nn.Module]  # parameter name -> the linear that computes it
@@ -72,16 +72,27 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Embedding(nn.Module):
+    """Not nn.Embedding, which wraps the given Parameter into a new one: a tied head would no longer share it."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, final norm: the part Hugging Face names `model.`."""
 
     def __init__(self, config: Qwen3Config, make: MakeLinear, raw: dict[str, nn.Parameter]):
         super().__init__()
-        self.embed_tokens = nn.Embedding(
+        self.embed_tokens = Embedding(raw[EMBEDDING])
             config.vocab_size, config.hidden_size, _weight=raw["model.embed_tokens.weight"]
         )
         self.layers = nn.ModuleList(Block(config, i, make, raw) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(raw["model.norm.weight"], config.rms_norm_eps)
+        self.norm = RMSNorm(raw[FINAL_NORM], config.rms_norm_eps)
 
 
 class Qwen3(nn.Module):
@@ -92,7 +103,7 @@ class Qwen3(nn.Module):
         self.config, self.dtype = config, dtype
         self.model = Decoder(config, make_linear, raw)
         self.lm_head = make_linear("lm_head.weight")
-        self.rope = Rope(config.head_dim, config.rope_theta, raw["model.norm.weight"].device)
+        self.rope = Rope(config.head_dim, config.rope_theta, raw[FINAL_NORM].device)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None, trace: list[Tensor] | None = None) -> Tensor:
         """ids [B, T] int64 -> hidden states after the final norm [B, T, H] in the compute dtype.

@@ -33,7 +33,8 @@ class WeightStore:
     def update(self, name: str, value: "PackedTensor | Tensor") -> None:
         """Replaces the bytes of one tensor in place, for every path at once."""
         if isinstance(value, PackedTensor):
-            copy_packed(self.packed[name], value)
+            if value.codes.data_ptr() != self.packed[name].codes.data_ptr():  # else the owner wrote into our buffer
+                copy_packed(self.packed[name], value)
         else:
             self.raw[name].copy_(value.detach().reshape(self.raw[name].shape))
 

@@ -96,11 +96,15 @@ def pack(
     levels: str = "single",
     generator: torch.Generator | None = None,
     global_scale: Tensor | None = None,
+    noise: Tensor | None = None,
+    divide: bool | None = None,
 ) -> PackedTensor:
     """Quantises a float tensor of any rank >= 1 along its last dimensions (see PackedTensor for how rank is folded).
 
     `global_scale` (fp32 [] or [rows, 1], in the rule's own convention) is used instead of one computed from x, so that a
-    fused group can share it. Raises ValueError for unknown or contradictory choices.
+    fused group can share it. `noise` (uniform in [0, 1), [rows, padded cols]) replaces the generator's numbers for rule
+    "stochastic". `divide` keeps that rule's second level in compressed-tensors' convention, for a tensor that came in it.
+    Raises ValueError for unknown or contradictory choices.
     """
     if rule not in RULES:
         raise ValueError(f"rule {rule!r}: expected one of {', '.join(RULES)}")
@@ -116,19 +120,25 @@ def pack(
     flat = x.detach().reshape(rows, cols)
     if cols % BLOCK:
         flat = torch.nn.functional.pad(flat, (0, BLOCK - cols % BLOCK))
+    divided = rule == "ct" if divide is None else divide
+    if divided and levels == "single":
+        divided = False
     if levels != "single" and global_scale is None:
-        global_scale = second_level(flat, rule, levels)
+        global_scale = second_level(flat, "ct" if divided else rule, levels)
     codes = torch.empty(rows, flat.shape[1] // 2, dtype=torch.uint8, device=x.device)
     block_scale = torch.empty(rows, flat.shape[1] // BLOCK, dtype=torch.float8_e4m3fn, device=x.device)
     for start, stop in _pieces(rows, flat.shape[1]):
         g = global_scale
         if g is not None and g.ndim:
             g = g[start:stop]
-        noise = None
+        dither = None
         if rule == "stochastic":
-            noise = torch.rand((stop - start, flat.shape[1]), device=x.device, generator=generator)
-        codes[start:stop], block_scale[start:stop] = _encode(flat[start:stop], rule, g, noise)
-    return PackedTensor(codes, block_scale, global_scale, tuple(x.shape), divide=rule == "ct")
+            size = (stop - start, flat.shape[1])
+            dither = torch.rand(size, device=x.device, generator=generator) if noise is None else noise[start:stop]
+        # every rule but ct multiplies; a second level that came as a divisor is turned for the encoding alone
+        multiplier = 1 / g if g is not None and divided and rule != "ct" else g
+        codes[start:stop], block_scale[start:stop] = _encode(flat[start:stop], rule, multiplier, dither)
+    return PackedTensor(codes, block_scale, global_scale, tuple(x.shape), divided)
 
 
 def repack_like(

@@ -1,0 +1,7 @@
+"""Checkpoints: the reference's `.dat` container and Hugging Face folders."""
+
+from fp4lab.checkpoint.dat import DatError, DatFile, write_dat
+from fp4lab.checkpoint.hf import HfDirectory
+from fp4lab.checkpoint.load import FileInfo, Weights, open_weights, save_dat
+
+__all__ = ["DatError", "DatFile", "FileInfo", "HfDirectory", "Weights", "open_weights", "save_dat", "write_dat"]

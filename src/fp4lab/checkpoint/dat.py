@@ -1,0 +1,229 @@
+"""The `.dat` container (reference section 2.1): entries one after another, no magic, no index, no checksum.
+
+file  := leb(entryCount) entry*
+entry := leb(keyByteLen) utf8-key leb(elemType) leb(ndim) leb(dim)*ndim payload
+
+Little-endian; leb is unsigned LEB128. The payload is prod(dims) elements, row-major, not aligned. A reader here maps the
+file, scans the headers once, and trusts nothing: every count is held against the bytes that are left.
+"""
+
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fp4lab.errors import UserError
+
+FP4, FP8 = 100, 101
+# elemType: (torch dtype, bytes an element). 100 holds two FP4 codes a byte, dims being the packed ones.
+ELEM_TYPES: dict[int, tuple[torch.dtype, int]] = {
+    0: (torch.uint8, 1),
+    1: (torch.int8, 1),
+    2: (torch.int16, 2),
+    3: (torch.int32, 4),
+    4: (torch.int64, 8),
+    5: (torch.float16, 2),
+    6: (torch.float32, 4),
+    7: (torch.float64, 8),
+    11: (torch.bool, 1),
+    15: (torch.bfloat16, 2),
+    FP4: (torch.uint8, 1),
+    FP8: (torch.float8_e4m3fn, 1),
+}
+_TYPE_OF = {dtype: number for number, (dtype, _) in ELEM_TYPES.items() if number != FP4}
+MAX_RANK = 8
+
+
+class DatError(UserError):
+    """A malformed `.dat` file. The message names file, entry number, byte offset and, where known, the key."""
+
+
+@dataclass(frozen=True)
+class DatEntry:
+    """One tensor of the file: `offset` and `nbytes` locate its payload."""
+
+    key: str
+    elem_type: int
+    dims: tuple[int, ...]
+    offset: int
+    nbytes: int
+    number: int  # position in the file, from 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return ELEM_TYPES[self.elem_type][0]
+
+
+class DatFile:
+    """A mapped file. `entries` keeps the file's order. Tensors are copies, valid after `close`."""
+
+    def __init__(self, path: Path, mapped: mmap.mmap, entries: dict[str, DatEntry]):
+        self.path, self._map, self.entries = path, mapped, entries
+
+    @classmethod
+    def open(cls, path: str | Path) -> "DatFile":
+        """Maps the file and reads its headers. Raises DatError."""
+        path = Path(path)
+        try:
+            with path.open("rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                if size == 0:
+                    raise DatError(f"{path}: the file is empty; expected a .dat checkpoint")
+                mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as e:
+            raise DatError(f"{path}: cannot read it ({e.strerror}); check weights.path") from e
+        try:
+            return cls(path, mapped, _scan(path, mapped, size))
+        except BaseException:
+            mapped.close()
+            raise
+
+    def payload(self, key: str) -> bytes:
+        """The raw bytes of one entry."""
+        e = self.entries[key]
+        return self._map[e.offset : e.offset + e.nbytes]
+
+    def tensor(self, key: str) -> Tensor:
+        """One entry as a tensor of its own dtype and dims."""
+        e = self.entries[key]
+        flat = torch.from_numpy(np.frombuffer(self.payload(key), dtype=np.uint8).copy())
+        if e.nbytes == 0:
+            return torch.empty(e.dims, dtype=e.dtype)
+        return flat.view(e.dtype).reshape(e.dims)
+
+    def close(self) -> None:
+        self._map.close()
+
+    def __enter__(self) -> "DatFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class _Scanner:
+    """A cursor over the map that knows where it is, for the errors."""
+
+    def __init__(self, path: Path, data: mmap.mmap, size: int):
+        self.path, self.data, self.size = path, data, size
+        self.at, self.entry, self.key = 0, -1, ""
+
+    def fail(self, what: str) -> DatError:
+        key = f" ({self.key})" if self.key else ""
+        where = f"entry {self.entry}{key}, " if self.entry >= 0 else ""
+        return DatError(f"{self.path}: {where}byte {self.at}: {what}")
+
+    def leb(self, what: str) -> int:
+        value = shift = 0
+        start = self.at
+        while True:
+            if self.at >= self.size:
+                raise self.fail(f"the file ends inside {what}; it is truncated")
+            byte = self.data[self.at]
+            self.at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if not byte & 0x80:
+                break
+            if shift > 63:
+                self.at = start
+                raise self.fail(f"{what} is longer than 64 bits; this is no .dat file, or it is damaged")
+        if value >= 1 << 63:
+            self.at = start
+            raise self.fail(f"{what} is {value}, beyond any file")
+        return value
+
+    def take(self, n: int, what: str) -> int:
+        """Moves over n bytes and returns where they start."""
+        if n > self.size - self.at:
+            raise self.fail(f"{what} needs {n} bytes, {self.size - self.at} are left; the file is truncated")
+        start = self.at
+        self.at += n
+        return start
+
+
+def _scan(path: Path, data: mmap.mmap, size: int) -> dict[str, DatEntry]:
+    s = _Scanner(path, data, size)
+    count = s.leb("the entry count")
+    if count > size // 3:  # an entry has at least a key length, a type and a rank
+        raise s.fail(f"{count} entries cannot fit into {size} bytes; this is no .dat file, or it is damaged")
+    entries: dict[str, DatEntry] = {}
+    for s.entry in range(count):
+        s.key = ""
+        length = s.leb("the key length")
+        start = s.take(length, "the key")
+        try:
+            s.key = data[start : s.at].decode("utf-8")
+        except UnicodeDecodeError as e:
+            s.at = start
+            raise s.fail(f"the key is not UTF-8 ({e.reason})") from None
+        if s.key in entries:
+            raise s.fail(f"the key was already used by entry {entries[s.key].number}")
+        elem_type = s.leb("the element type")
+        if elem_type not in ELEM_TYPES:
+            raise s.fail(f"element type {elem_type} is unknown; expected one of {sorted(ELEM_TYPES)}")
+        rank = s.leb("the number of dimensions")
+        if rank > MAX_RANK:
+            raise s.fail(f"{rank} dimensions; expected at most {MAX_RANK}")
+        dims = tuple(s.leb("a dimension") for _ in range(rank))
+        nbytes = math.prod(dims) * ELEM_TYPES[elem_type][1]
+        entries[s.key] = DatEntry(s.key, elem_type, dims, s.take(nbytes, f"the payload {list(dims)}"), nbytes, s.entry)
+    s.entry = -1
+    if s.at != size:
+        raise s.fail(f"{size - s.at} bytes follow the last of {count} entries")
+    return entries
+
+
+def leb128(value: int) -> bytes:
+    """Unsigned LEB128, shortest form."""
+    out = bytearray()
+    while True:
+        byte = value & 0x7F
+        value >>= 7
+        out.append(byte | (0x80 if value else 0))
+        if not value:
+            return bytes(out)
+
+
+def tensor_bytes(t: Tensor) -> bytes:
+    """A tensor's elements, row-major, little-endian."""
+    t = t.detach().to("cpu").contiguous()
+    return t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+
+
+def write_dat(path: str | Path, entries: Iterable[tuple[str, Tensor, int | None]], count: int) -> None:
+    """Streams `count` (key, tensor, elemType or None for the dtype's own) into `path`, whole or not at all.
+
+    Raises ValueError for a dtype that the format lacks or a wrong count.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(leb128(count))
+            written = 0
+            for key, t, elem_type in entries:
+                number = _TYPE_OF.get(t.dtype) if elem_type is None else elem_type
+                if number is None or ELEM_TYPES.get(number, (None, 0))[1] != t.element_size():
+                    raise ValueError(f"{key}: {t.dtype} cannot be written as element type {number}")
+                name = key.encode("utf-8")
+                f.write(leb128(len(name)) + name + leb128(number) + leb128(t.ndim))
+                f.write(b"".join(leb128(d) for d in t.shape))
+                f.write(tensor_bytes(t))
+                written += 1
+            if written != count:
+                raise ValueError(f"{written} entries were given, {count} announced")
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

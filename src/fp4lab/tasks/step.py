@@ -1,0 +1,203 @@
+"""task=step, the default: load, probe, take optimizer steps, probe again, with memory at the end of every phase."""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fp4lab.config import idle_choices
+from fp4lab.errors import Diverged, UserError
+from fp4lab.events import Emit, Loss, Note, StateHealth, TensorBytes
+from fp4lab.model.config import HEAD
+from fp4lab.model.paths import TRAINABLE
+from fp4lab.model.qwen3 import Qwen3
+from fp4lab.tasks.meter import Phases
+from fp4lab.tasks.probe import probe
+from fp4lab.tasks.session import Session, open_session
+from fp4lab.telemetry.tensor_bytes import tensor_report
+from fp4lab.train import grads
+from fp4lab.train.adamw import AdamWOptions, ChunkedAdamW
+from fp4lab.train.batches import Batch, batches
+from fp4lab.train.data import load_samples, ordered
+from fp4lab.train.loss import LOSSES, evaluate
+
+
+def run(config: dict, emit: Emit) -> None:
+    """Raises PlannedStop at `stop_after`, UserError, Diverged when the loss is not finite."""
+    for text in idle_choices(config, config.get("overrides", [])):
+        emit(Note(topic="no_effect", text=text))
+    phases = Phases(config, emit)
+    session = open_session(config, emit)
+    phases.done("model_loaded")
+    session.dispose()
+    phases.done("session_disposed")
+    session.compact()
+    phases.done("post_load_compacted")
+    probe(session, config["prompt"], "before", emit)
+    phases.done("first_token_done")
+    optimizer = make_optimizer(session) if session.backend in TRAINABLE else None
+    for row in byte_report(session, optimizer):
+        emit(row)
+    phases.done("state_initialized")
+    samples = _batches(session)
+    phases.done("batch_ready")
+    if optimizer is None:
+        _evaluate(session, samples, phases, emit)
+    else:
+        _train(session, optimizer, samples, phases, emit)
+        session.publish(optimizer.stored())
+        probe(session, config["prompt"], "after", emit)
+        value, tokens = evaluate(session.model, samples, config["loss"])
+        emit(Loss(step=config["steps"], loss=value, split="eval", tokens=tokens))
+    session.compact()
+    phases.done("cleanup_done")
+
+
+def _train(
+    session: Session, optimizer: "DenseAdamW | ChunkedAdamW", samples: list[Batch], phases: Phases, emit: Emit
+) -> None:
+    config, step_config = session.config, session.config["step"]
+    model = session.model
+    assert isinstance(model, Qwen3)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for step in range(config["steps"]):
+        started = time.monotonic()
+        batch = samples[step % len(samples)]
+        for p in parameters:
+            p.grad = None
+        phases.done("zero_grad_done")
+        loss = _loss(session, batch)
+        phases.done("forward_done")
+        value = loss.item()
+        if not math.isfinite(value):
+            raise Diverged(f"the loss is {value} at step {step}")
+        loss.backward()
+        del loss
+        phases.done("backward_done")
+        if step_config["sanitize"]:
+            bad = grads.sanitize(parameters)
+            if bad:
+                emit(Note(topic="gradients", text=f"step {step}: {bad} non-finite gradients were set to 0"))
+        norm = None
+        if step_config["grad_norm"] or step_config["clip_grad"]:
+            norm = grads.grad_norm(parameters)
+            if step_config["clip_grad"]:
+                grads.clip(parameters, norm, step_config["clip_grad"])
+        emit(optimizer.step(config["lr"]))
+        session.publish(optimizer.stored())
+        phases.done("optimizer_step_done")
+        tokens = int((batch.targets >= 0).sum())
+        ms = (time.monotonic() - started) * 1e3
+        emit(
+            Loss(step=step, loss=value, grad_norm=None if norm is None else float(norm), tokens=tokens, lr=config["lr"], ms=ms)
+        )
+
+
+def _evaluate(session: Session, samples: list[Batch], phases: Phases, emit: Emit) -> None:
+    """A backend that cannot be trained: the same phases up to the forward, and an evaluation loss."""
+    emit(Note(topic="trained", text=f"backend={session.backend} is not trained: the loss is an evaluation."))
+    phases.done("zero_grad_done")
+    value, tokens = evaluate(session.model, samples, session.config["loss"])
+    emit(Loss(step=0, loss=value, split="eval", trained=False, tokens=tokens))
+    phases.done("forward_done")
+
+
+def _loss(session: Session, batch: Batch) -> Tensor:
+    hidden = session.model.hidden(batch.ids.to(session.device))
+    return LOSSES[session.config["loss"]](session.model, hidden, batch.targets.to(session.device))
+
+
+def _batches(session: Session) -> list[Batch]:
+    """One sample a step, as the reference feeds them; as many as there are steps."""
+    config = session.config
+    samples = load_samples(config["data"]["path"], session.tokenizer, config["seq_len"], config["data"]["style"])
+    if not samples:
+        raise UserError(f"data.path={config['data']['path']}: no target fits into seq_len={config['seq_len']}")
+    chosen = ordered(samples, config["seed"], config["data"]["order"])[: config["steps"]]
+    return [b for s in chosen for b in batches([s], 1, session.tokenizer.endoftext, 0)]
+
+
+class DenseAdamW:
+    """step=dense: torch's AdamW, with the interface of the chunked one."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], options: AdamWOptions):
+        self._names, self._parameters = list(parameters), list(parameters.values())
+        o = options
+        self._adamw = torch.optim.AdamW(
+            self._parameters, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay
+        )
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def stored(self) -> dict:
+        return {}
+
+    def tensors(self):
+        for state in self._adamw.state.values():
+            yield from ((f"state_{k}", t) for k, t in state.items() if isinstance(t, Tensor))
+
+    def step(self, lr: float) -> StateHealth:
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        return StateHealth(step=int(next(iter(self._adamw.state.values()))["step"]))
+
+
+def make_optimizer(session: Session) -> DenseAdamW | ChunkedAdamW:
+    """The optimizer that `step` names, over the model's trainable parameters.
+
+    Asserts that what is trained, what is optimised and what would be exported are the same names.
+    """
+    model, c = session.model, session.config["step"]
+    assert isinstance(model, Qwen3)
+    if session.device.type == "cuda" and (c["offload_mv"] or c["offload_w"] or c["offload_grad"]):
+        _refuse_offload_on_unified_memory(session.device)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    fields = AdamWOptions.__dataclass_fields__
+    options = AdamWOptions(
+        **{k: v for k, v in c.items() if k in fields},
+        pack_everything=session.config["quirk"]["pack_everything"],
+        rule=session.config["weights"]["rule"],
+        seed=session.config["seed"],
+    )
+    if c["name"] == "dense":
+        optimizer: DenseAdamW | ChunkedAdamW = DenseAdamW(parameters, options)
+    else:
+        packed = session.store.packed if session.backend == "fp2" else {}
+        optimizer = ChunkedAdamW(parameters, packed, options, _flush(session) if c["flush_each_param"] else None)
+    exported = {*session.store.raw, *session.store.packed} - ({HEAD} if session.store.tied else set())
+    assert set(parameters) == set(optimizer.names()) == exported, "trained, optimised and exported tensors differ"
+    return optimizer
+
+
+def _flush(session: Session) -> Callable[[], None]:
+    def flush() -> None:
+        if session.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    return flush
+
+
+def _refuse_offload_on_unified_memory(device: torch.device) -> None:
+    if getattr(torch.cuda.get_device_properties(device), "is_integrated", False):
+        raise UserError(
+            "step.offload_mv, step.offload_w, step.offload_grad: this device shares its memory with the host, so "
+            "offloading only moves the same bytes between accounts, with copies on top. Leave them false."
+        )
+
+
+def byte_report(session: Session, optimizer: DenseAdamW | ChunkedAdamW | None) -> list[TensorBytes]:
+    """Bytes by kind, device and dtype; a storage that several tensors share is counted once."""
+    groups: dict[str, list[Tensor]] = {}
+    if optimizer is not None:
+        for kind, t in optimizer.tensors():
+            groups.setdefault(kind, []).append(t)
+    for kind, t in session.store.tensors():
+        groups.setdefault(kind, []).append(t)
+    if isinstance(session.model, Qwen3):
+        groups["model_param"] = [p for p in session.model.parameters() if p.requires_grad]
+    return tensor_report(groups)

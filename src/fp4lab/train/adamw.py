@@ -1,0 +1,193 @@
+"""Packed AdamW, row chunk by row chunk (reference section 5.4).
+
+For rows start..stop of each parameter: w, m, v are decoded to fp32; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
+update = (m / bias1) / (sqrt(v / bias2) + eps); w = w - lr (update + decay w); all three are stored again. Scratch is a few
+fp32 copies of `chunk_rows` rows, whatever the model. Rows are independent of each other, and the dither of stochastic
+rounding depends on the element's place alone, so the result does not depend on `chunk_rows`, bit for bit.
+
+The weight between steps (`master`):
+  fp32, bf16         the float parameter itself
+  packed             NVFP4, nearest: the reference's. Updates smaller than half a code's distance vanish.
+  packed_stochastic  NVFP4, stochastic: small updates survive on average; no float master exists.
+A packed weight starts each step from its stored codes; the float parameter is only their image. A weight whose second-level
+scale is per tensor keeps that scale: one chunk cannot know the tensor's maximum.
+
+1-D parameters (norms) and the embedding stay floats with fp32 moments; `pack_everything` packs them as the reference does
+(its failure 41).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fp4lab.events import StateHealth
+from fp4lab.nvfp4 import PackedTensor, pack, unpack
+from fp4lab.nvfp4.packed import matrix_shape
+from fp4lab.train.health import Health
+from fp4lab.train.noise import uniform
+from fp4lab.train.state import Moment, named_parts, write_rows
+
+MASTERS = ("packed", "packed_stochastic", "bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """See `conf/step/chunked.yaml` and config.StepConfig for what each means."""
+
+    chunk_rows: int = 32
+    state: str = "nvfp4_two_level"
+    master: str = "packed_stochastic"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_update: float | None = None
+    offload_mv: bool = False
+    offload_w: bool = False
+    offload_grad: bool = False
+    pack_everything: bool = False
+    rule: str = "torchao"  # of packed weights, nearest
+    seed: int = 0
+
+
+class ParameterState:
+    """One parameter's weight and moments as matrices [rows, cols]."""
+
+    def __init__(
+        self, index: int, name: str, parameter: nn.Parameter, packed: PackedTensor | None, options: AdamWOptions
+    ):
+        self.index, self.name, self.parameter, self.options = index, name, parameter, options
+        self.rows, self.cols = matrix_shape(tuple(parameter.shape))
+        device = parameter.device
+        high_precision = packed is None and not options.pack_everything
+        self.packed: PackedTensor | None = None
+        if options.master.startswith("packed") and not high_precision:
+            start = packed if packed is not None else pack(parameter, "nearest")
+            self.packed = start.to("cpu") if options.offload_w else start
+        state = "fp32" if high_precision else options.state
+        self.mv_device = torch.device("cpu") if options.offload_mv else device
+        self.m = Moment(self.rows, self.cols, state, False, self.mv_device)
+        self.v = Moment(self.rows, self.cols, state, True, self.mv_device)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows of the stored weight, fp32, on the parameter's device."""
+        if self.packed is not None:
+            return unpack(self.packed.rows(start, stop)).to(self.parameter.device)
+        return self.matrix()[start:stop].float()
+
+    def matrix(self) -> Tensor:
+        return self.parameter.detach().view(self.rows, self.cols)
+
+    def write(self, start: int, stop: int, value: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Stores fp32 rows; returns what is now stored (fp32) and where the representation changed (bool)."""
+        if self.packed is None:
+            rows = self.matrix()[start:stop]
+            new = value.to(rows.dtype)
+            changed = new != rows
+            rows.copy_(new)
+            return new.float(), changed
+        old = self.packed.rows(start, stop)
+        new_packed = self._pack(value.to(self.packed.device), old, start, stop, step)
+        changed = _changed(old, new_packed)[:, : self.cols].to(self.parameter.device)
+        write_rows(self.packed, start, stop, new_packed)
+        stored = unpack(new_packed).to(self.parameter.device)
+        self.matrix()[start:stop] = stored.to(self.parameter.dtype)
+        return stored, changed
+
+    def _pack(self, value: Tensor, old: PackedTensor, start: int, stop: int, step: int) -> PackedTensor:
+        kept = old.global_scale if old.levels == "tensor" else None
+        if self.options.master == "packed":
+            rule = "ct" if old.divide else self.options.rule
+            return pack(value, rule, old.levels, global_scale=kept)
+        noise = uniform(self.options.seed, step, self.index, start, stop, old.codes.shape[1] * 2, value.device)
+        return pack(value, "stochastic", old.levels, noise=noise, global_scale=kept, divide=old.divide)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(kind, tensor) for the byte report, e.g. ("state_w_codes", ...)."""
+        if self.packed is not None:
+            yield from ((f"state_w_{part}", t) for part, t in named_parts(self.packed))
+        for kind, moment in (("m", self.m), ("v", self.v)):
+            yield from ((f"state_{kind}_{part}", t) for part, t in moment.tensors())
+
+
+class ChunkedAdamW:
+    """`step()` reads `.grad` of the parameters and updates them and their stored state in place.
+
+    `packed` gives the stored NVFP4 image of the linears, by name; what is not there is kept as a float.
+    `after_each` is called after each parameter (the harness synchronises and empties the allocator's cache there).
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        packed: dict[str, PackedTensor],
+        options: AdamWOptions,
+        after_each: Callable[[], None] | None = None,
+    ):
+        if options.master not in MASTERS:
+            raise ValueError(f"master {options.master!r}: expected one of {', '.join(MASTERS)}")
+        self.options, self.after_each, self.t = options, after_each, 0
+        self.states = [
+            ParameterState(i, name, p, packed.get(name), options) for i, (name, p) in enumerate(parameters.items())
+        ]
+
+    def names(self) -> list[str]:
+        return [s.name for s in self.states]
+
+    def stored(self) -> dict[str, PackedTensor]:
+        """The packed weights, as they would be exported."""
+        return {s.name: s.packed for s in self.states if s.packed is not None}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for s in self.states:
+            yield from s.tensors()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> StateHealth:
+        """One update of every parameter that has a gradient. Bias correction counts steps of the optimizer."""
+        self.t += 1
+        health = Health()
+        grads = {s.name: s.parameter.grad for s in self.states}
+        if self.options.offload_grad:  # all of them first: backward's memory is free before the step allocates
+            for s in self.states:
+                s.parameter.grad, grad = None, grads[s.name]
+                grads[s.name] = None if grad is None else grad.to("cpu")
+        for s in self.states:
+            grad = grads.pop(s.name)
+            if grad is not None:
+                self._update(s, grad.view(s.rows, s.cols), lr, health)
+                s.parameter.grad = None
+            if self.after_each is not None:
+                self.after_each()
+        return health.event(self.t)
+
+    def _update(self, s: ParameterState, grad: Tensor, lr: float, health: Health) -> None:
+        o, device = self.options, s.parameter.device
+        bias1, bias2 = 1 - o.beta1**self.t, 1 - o.beta2**self.t
+        for start in range(0, s.rows, o.chunk_rows):
+            stop = min(start + o.chunk_rows, s.rows)
+            g = grad[start:stop].to(device).float()
+            w = s.read(start, stop)
+            m = s.m.read(start, stop).to(device).lerp_(g, 1 - o.beta1)
+            v = s.v.read(start, stop).to(device).mul_(o.beta2).addcmul_(g, g, value=1 - o.beta2)
+            update = (m / bias1) / ((v / bias2).sqrt_().add_(o.eps))
+            if o.max_update is not None:
+                update.clamp_(-o.max_update, o.max_update)
+            new = w * (1 - lr * o.weight_decay) - lr * update
+            after, changed = s.write(start, stop, new, self.t)
+            s.m.write(start, stop, m.to(s.mv_device))
+            s.v.write(start, stop, v.to(s.mv_device))
+            health.weights(w, new, after, changed, update)
+        for kind, p in (("w", s.packed), ("m", s.m.packed), ("v", s.v.packed)):
+            if p is not None:
+                health.blocks(kind, p)
+
+
+def _changed(old: PackedTensor, new: PackedTensor) -> Tensor:
+    """bool [rows, padded cols]: the element's code or its block's scale is another."""
+    difference = old.codes ^ new.codes
+    codes = torch.stack(((difference & 15) != 0, (difference >> 4) != 0), dim=-1).flatten(1)
+    scales = old.block_scale.view(torch.uint8) != new.block_scale.view(torch.uint8)
+    return codes | scales.repeat_interleave(16, dim=1)

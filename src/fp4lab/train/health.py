@@ -1,0 +1,57 @@
+"""What an optimizer step did to its stored state: blocks that died, codes that moved, updates that were lost."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from fp4lab.events import StateHealth
+from fp4lab.nvfp4 import PackedTensor
+
+E4M3_TOP = 0x7E  # byte of 448
+
+
+class Health:
+    """Sums over the chunks of one step; `event` turns them into shares."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, int] = defaultdict(int)
+        self._zero: dict[str, Tensor | int] = defaultdict(int)
+        self._saturated: dict[str, Tensor | int] = defaultdict(int)
+        self._weights = 0
+        self._changed: Tensor | int = 0
+        self._wanted: Tensor | int = 0
+        self._lost: Tensor | int = 0
+        self._largest: Tensor | None = None
+
+    def blocks(self, kind: str, p: PackedTensor) -> None:
+        """Counts dead and saturated blocks of state `kind` (w, m or v)."""
+        byte = p.block_scale.view(torch.uint8) & 0x7F
+        self._blocks[kind] += byte.numel()
+        self._zero[kind] = self._zero[kind] + (byte == 0).sum()
+        self._saturated[kind] = self._saturated[kind] + (byte == E4M3_TOP).sum()
+
+    def weights(self, before: Tensor, wanted: Tensor, after: Tensor, changed: Tensor, update: Tensor) -> None:
+        """One chunk: the stored weights before and after, what they should have become, and update / lr, all fp32.
+
+        `changed`: bool, the stored representation of the element is another.
+        """
+        self._weights += before.numel()
+        self._changed = self._changed + changed.sum()
+        asked = wanted != before
+        self._wanted = self._wanted + asked.sum()
+        self._lost = self._lost + (asked & (after == before)).sum()
+        largest = update.abs().amax()
+        self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+
+    def event(self, step: int) -> StateHealth:
+        """Shares over the whole step. The only place that waits for the device."""
+        wanted = int(self._wanted)
+        return StateHealth(
+            step=step,
+            zero_scale={k: int(self._zero[k]) / n for k, n in self._blocks.items()},
+            saturated={k: int(self._saturated[k]) / n for k, n in self._blocks.items()},
+            code_changed=int(self._changed) / self._weights if self._weights else None,
+            update_lost=int(self._lost) / wanted if wanted else None,
+            max_update_over_lr=None if self._largest is None else float(self._largest),
+        )

@@ -1,0 +1,106 @@
+"""How one matrix of optimizer state is stored between steps, read and written a few rows at a time.
+
+format           bytes an element   notes
+fp32, bf16       4, 2               as they are
+int8             1 + 4 a row        reference 5.4: per row max / 127, linear; v underflows against the row's maximum
+nvfp4            0.5625             reference 5.4: bf16, then native NVFP4, single level; v underflows to 0
+nvfp4_two_level  0.5625 + 4 a row   one fp32 a row on top, so small rows keep their range; nearest
+
+`Moment` of kind "v" with nvfp4_two_level keeps sqrt(v), and reads its zero codes as half of the block's smallest code:
+otherwise v = 0 beside m != 0 makes a step of m / eps. The other formats keep v as the reference does.
+"""
+
+import torch
+from torch import Tensor
+
+from fp4lab.nvfp4 import BLOCK, PackedTensor, pack, unpack
+
+FORMATS = ("nvfp4", "nvfp4_two_level", "int8", "bf16", "fp32")
+
+
+class Moment:
+    """m or v of one parameter as a [rows, cols] matrix, starting from zeros."""
+
+    def __init__(self, rows: int, cols: int, format: str, root: bool, device: torch.device | str):
+        if format not in FORMATS:
+            raise ValueError(f"state format {format!r}: expected one of {', '.join(FORMATS)}")
+        self.rows, self.cols, self.format, self.root = rows, cols, format, root and format == "nvfp4_two_level"
+        self.packed: PackedTensor | None = None
+        self.data: Tensor | None = None
+        self.scale: Tensor | None = None
+        if format.startswith("nvfp4"):
+            levels = "row" if format == "nvfp4_two_level" else "single"
+            rule = "nearest" if format == "nvfp4_two_level" else "native"
+            self.packed = pack(torch.zeros(rows, cols, device=device), rule, levels)
+        elif format == "int8":
+            self.data = torch.zeros(rows, cols, dtype=torch.int8, device=device)
+            self.scale = torch.zeros(rows, 1, device=device)
+        else:
+            dtype = torch.bfloat16 if format == "bf16" else torch.float32
+            self.data = torch.zeros(rows, cols, dtype=dtype, device=device)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop, fp32 [stop - start, cols]."""
+        if self.packed is not None:
+            part = self.packed.rows(start, stop)
+            value = unpack(part)
+            if self.root:
+                value = _lift_zeros(part, value).square_()
+            return value
+        assert self.data is not None
+        value = self.data[start:stop].float()
+        return value if self.scale is None else value * self.scale[start:stop]
+
+    def write(self, start: int, stop: int, value: Tensor) -> None:
+        """Stores fp32 rows."""
+        if self.packed is not None:
+            if self.root:
+                new = pack(value.sqrt(), "nearest", "row")
+            elif self.format == "nvfp4_two_level":
+                new = pack(value, "nearest", "row")
+            else:
+                new = pack(value.to(torch.bfloat16), "native", "single")
+            write_rows(self.packed, start, stop, new)
+            return
+        assert self.data is not None
+        if self.scale is not None:
+            scale = value.abs().amax(dim=1, keepdim=True).clamp(min=1e-8) / 127
+            self.scale[start:stop] = scale
+            self.data[start:stop] = (value / scale).round().clamp(-127, 127).to(torch.int8)
+        else:
+            self.data[start:stop] = value.to(self.data.dtype)
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """(part, tensor) for the byte report."""
+        if self.packed is not None:
+            return named_parts(self.packed)
+        assert self.data is not None
+        parts = [("data", self.data)]
+        return parts if self.scale is None else [*parts, ("scale", self.scale)]
+
+
+def write_rows(target: PackedTensor, start: int, stop: int, new: PackedTensor) -> None:
+    """Copies `new` over rows start..stop of `target`, in place."""
+    part = target.rows(start, stop)
+    part.codes.copy_(new.codes)
+    part.block_scale.view(torch.uint8).copy_(new.block_scale.view(torch.uint8))
+    if part.global_scale is not None and part.global_scale.ndim and new.global_scale is not None:
+        part.global_scale.copy_(new.global_scale)
+
+
+def named_parts(p: PackedTensor) -> list[tuple[str, Tensor]]:
+    parts = [("codes", p.codes), ("scale", p.block_scale)]
+    return parts if p.global_scale is None else [*parts, ("global_scale", p.global_scale)]
+
+
+def _lift_zeros(p: PackedTensor, value: Tensor) -> Tensor:
+    """Zero codes become half of the smallest nonzero magnitude of their block (all-zero blocks stay zero).
+
+    A code 0 of sqrt(v) means "under a quarter of the smallest step", not "never saw a gradient".
+    """
+    rows, cols = value.shape
+    padded = value if cols % BLOCK == 0 else torch.nn.functional.pad(value, (0, BLOCK - cols % BLOCK))
+    blocks = padded.view(rows, -1, BLOCK)
+    smallest = torch.where(blocks > 0, blocks, torch.inf).amin(dim=-1, keepdim=True)
+    floor = torch.where(smallest.isfinite(), smallest * 0.5, 0.0)
+    return torch.where(blocks > 0, blocks, floor).view(rows, -1)[:, :cols]
