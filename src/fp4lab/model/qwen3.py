@@ -89,8 +89,6 @@ class Decoder(nn.Module):
     def __init__(self, config: Qwen3Config, make: MakeLinear, raw: dict[str, nn.Parameter]):
         super().__init__()
         self.embed_tokens = Embedding(raw[EMBEDDING])
-            config.vocab_size, config.hidden_size, _weight=raw["model.embed_tokens.weight"]
-        )
         self.layers = nn.ModuleList(Block(config, i, make, raw) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(raw[FINAL_NORM], config.rms_norm_eps)
 
