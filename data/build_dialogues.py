@@ -50,9 +50,7 @@ def build() -> dict[str, list[str]]:
             if len(lines) == wanted:
                 break
         else:
-            raise SystemExit(
-                f"{subject}: only {len(lines)} of {wanted} different dialogues; add phrases or ask for fewer"
-            )
+            raise SystemExit(f"{subject}: only {len(lines)} of {wanted} different dialogues; add phrases or ask for fewer")
         out[subject] = lines
     return out
 

@@ -71,9 +71,7 @@ def test_essential_prompts_open_many_trained_dialogues_with_one_main_answer(dial
 
 def test_held_out_answers_were_mostly_seen(dialogues):
     def replies(held: bool) -> list[str]:
-        return [
-            m["content"] for d in dialogues if held_out(d) == held for m in d["messages"] if m["role"] == "assistant"
-        ]
+        return [m["content"] for d in dialogues if held_out(d) == held for m in d["messages"] if m["role"] == "assistant"]
 
     seen, asked = set(replies(False)), replies(True)
     assert sum(reply in seen for reply in asked) / len(asked) > 0.9

@@ -66,9 +66,7 @@ def translate(rng: random.Random) -> Chat:
 def previous(rng: random.Random) -> Chat:
     chat = Chat()
     for _ in range(rng.choice([1, 2])):
-        chat.add(
-            *rng.choice([en.question, en.small, en.about_self, en.technical, en.hello, en.ufo_talk, en.question])(rng)
-        )
+        chat.add(*rng.choice([en.question, en.small, en.about_self, en.technical, en.hello, en.ufo_talk, en.question])(rng))
     en.previous(rng, chat)
     if rng.random() < 0.25:
         en.previous(rng, chat)
@@ -80,9 +78,7 @@ def and_this(rng: random.Random) -> Chat:
     if rng.random() < 0.5:
         a, b = rng.sample(list(facts.CAPITALS), 2)
         chat = Chat().add(*en.capital(rng, a))
-        return chat.add(
-            rng.choice(["and {}?", "And {}?", "and of {}?", "what about {}?"]).format(b), en.capital(rng, b)[1]
-        )
+        return chat.add(rng.choice(["and {}?", "And {}?", "and of {}?", "what about {}?"]).format(b), en.capital(rng, b)[1])
     if rng.random() < 0.5:
         a, b = rng.sample([pair[0] for pair in facts.OPPOSITES], 2)
         chat = Chat().add(*en.opposite(rng, a))

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 STATUSES = {
@@ -243,6 +244,12 @@ KINDS: dict[str, type[Event]] = {
 }
 
 Emit = Callable[[Event], None]
+
+
+def utc_now() -> str:
+    """Wall time of a record, UTC, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
 
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 

@@ -62,6 +62,4 @@ class Bridge:
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         c = self.config
-        return KVCache(
-            c.num_hidden_layers, batch, c.num_key_value_heads, capacity, c.head_dim, self.dtype, self.store.device
-        )
+        return KVCache(c.num_hidden_layers, batch, c.num_key_value_heads, capacity, c.head_dim, self.dtype, self.store.device)

@@ -56,9 +56,7 @@ class Qwen3Config:
         known = {f.name: f.type for f in fields(cls)}
         missing = [k for k in known if v.get(k) is None]
         if missing:
-            raise UserError(
-                f"{source}: {', '.join(missing)} missing; a Qwen3 config.json has every one of {list(known)}."
-            )
+            raise UserError(f"{source}: {', '.join(missing)} missing; a Qwen3 config.json has every one of {list(known)}.")
         out: dict[str, Any] = {}
         for key, kind_ in known.items():
             value = v[key]
@@ -69,9 +67,7 @@ class Qwen3Config:
             else:
                 ok = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
             if not ok:
-                raise UserError(
-                    f"{source}: {key} is {value!r}; expected a positive {getattr(kind_, '__name__', kind_)}."
-                )
+                raise UserError(f"{source}: {key} is {value!r}; expected a positive {getattr(kind_, '__name__', kind_)}.")
             out[key] = float(value) if kind_ is float else value
         config = cls(**out)
         if config.num_attention_heads % config.num_key_value_heads:
@@ -83,9 +79,7 @@ class Qwen3Config:
             raise UserError(f"{source}: head_dim={config.head_dim} is odd; rotary embedding needs pairs.")
         for name in ("hidden_size", "intermediate_size", "q_size"):
             if getattr(config, name) % BLOCK:
-                raise UserError(
-                    f"{source}: {name}={getattr(config, name)} is not a multiple of {BLOCK}, the NVFP4 block."
-                )
+                raise UserError(f"{source}: {name}={getattr(config, name)} is not a multiple of {BLOCK}, the NVFP4 block.")
         return config
 
     @classmethod
@@ -94,9 +88,7 @@ class Qwen3Config:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as e:
-            raise UserError(
-                f"{path}: cannot read the model config ({e.strerror}); set model.path to its folder."
-            ) from e
+            raise UserError(f"{path}: cannot read the model config ({e.strerror}); set model.path to its folder.") from e
         except ValueError as e:
             raise UserError(f"{path}: not valid JSON ({e}).") from e
         if not isinstance(values, dict):
@@ -131,9 +123,7 @@ class Qwen3Config:
     def linears(self) -> dict[str, tuple[int, int]]:
         """Parameter name -> [out, in] of every linear of the layers (the head apart)."""
         return {
-            f"model.layers.{i}.{s}.weight": self.linear_shape(s)
-            for i in range(self.num_hidden_layers)
-            for s in LAYER_LINEARS
+            f"model.layers.{i}.{s}.weight": self.linear_shape(s) for i in range(self.num_hidden_layers) for s in LAYER_LINEARS
         }
 
     def raw(self) -> dict[str, tuple[int, ...]]:

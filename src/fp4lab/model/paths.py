@@ -28,9 +28,7 @@ def _frozen(store: WeightStore) -> dict[str, nn.Parameter]:
 
 def noste_model(store: WeightStore, dtype: torch.dtype, activations: str, native: bool = False) -> Qwen3:
     """C."""
-    return Qwen3(
-        store.config, lambda name: PackedLinear(store.packed[name], activations, native), _frozen(store), dtype
-    )
+    return Qwen3(store.config, lambda name: PackedLinear(store.packed[name], activations, native), _frozen(store), dtype)
 
 
 def bridge_model(store: WeightStore, dtype: torch.dtype, activations: str, native: bool = False) -> Bridge:
@@ -61,9 +59,7 @@ def reference_model(store: WeightStore, dtype: torch.dtype) -> Qwen3 | None:
     if store.dense is None:
         return None
     dense = store.dense
-    return Qwen3(
-        store.config, lambda n: DenseLinear(nn.Parameter(dense[n], requires_grad=False)), _frozen(store), dtype
-    )
+    return Qwen3(store.config, lambda n: DenseLinear(nn.Parameter(dense[n], requires_grad=False)), _frozen(store), dtype)
 
 
 def fp2_model(

@@ -125,9 +125,7 @@ def build_store(
     return store
 
 
-def random_weights(
-    config: Qwen3Config, seed: int, device: torch.device | str, dtype: torch.dtype
-) -> tuple[set[str], Get]:
+def random_weights(config: Qwen3Config, seed: int, device: torch.device | str, dtype: torch.dtype) -> tuple[set[str], Get]:
     """Names and getter of an untrained model: linears and embedding N(0, 0.02), norms 1. Same seed, same tensors.
 
     Each tensor is made when asked for, on `device`, so that no second copy of the model exists.

@@ -141,9 +141,7 @@ def pack(
     return PackedTensor(codes, block_scale, global_scale, tuple(x.shape), divided)
 
 
-def repack_like(
-    x: Tensor, p: PackedTensor, rule: str = "torchao", generator: torch.Generator | None = None
-) -> PackedTensor:
+def repack_like(x: Tensor, p: PackedTensor, rule: str = "torchao", generator: torch.Generator | None = None) -> PackedTensor:
     """x packed with p's kind of scales. A per-tensor second-level scale is kept (others may share it), rows get new ones."""
     if p.divide != (rule == "ct"):
         rule = "ct" if p.divide else "nearest"

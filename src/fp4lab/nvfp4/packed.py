@@ -49,7 +49,7 @@ class PackedTensor:
 
     @property
     def levels(self) -> str:
-        """"single", "tensor" or "row"."""
+        """ "single", "tensor" or "row"."""
         if self.global_scale is None:
             return "single"
         return "row" if self.global_scale.ndim else "tensor"

@@ -92,5 +92,4 @@ def _spearman(a: Tensor, b: Tensor) -> float:
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         return math.nan
     rank_a, rank_b = (x.argsort().argsort().double() for x in (a, b))
-    return float(torch.corrcoef(torch.stack((rank_a, rank_b)))[0, 1]) if len(a) > 1 else 1.0
-
+    return round(float(torch.corrcoef(torch.stack((rank_a, rank_b)))[0, 1]), 9) if len(a) > 1 else 1.0

@@ -14,7 +14,7 @@ from fp4lab.checkpoint import FileInfo, Weights, open_weights
 from fp4lab.errors import UserError
 from fp4lab.events import Emit, File, Note
 from fp4lab.model.bridge import Bridge
-from fp4lab.model.config import HEAD, Qwen3Config
+from fp4lab.model.config import Qwen3Config
 from fp4lab.model.paths import bridge_model, dense_model, fp2_model, noste_model, ste_linears
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.model.store import WeightStore, build_store, random_weights
@@ -72,6 +72,8 @@ class Session:
             return
         rule = self.config["weights"]["rule"]
         stored = stored or {}
+        if self.backend == "fp2":
+            self.store.dense = None  # the unquantised weights of the checkpoint are not this model's any more
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, parameter in parameters.items():
             value = stored.get(name)
@@ -191,10 +193,3 @@ def _model(s: Session, emit: Emit) -> Qwen3 | Bridge:
 
 def _report(emit: Emit, info: FileInfo) -> None:
     emit(File(role=info.role, path=str(info.path), format=info.format, bytes=info.bytes, sha256=info.sha256))
-
-
-def trained_names(session: Session) -> list[str]:
-    """Names of the parameters that a step changes; the head of a tied model is the embedding."""
-    if not isinstance(session.model, Qwen3):
-        return []
-    return [n for n, p in session.model.named_parameters() if p.requires_grad and not (n == HEAD and session.store.tied)]

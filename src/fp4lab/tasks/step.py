@@ -55,9 +55,7 @@ def run(config: dict, emit: Emit) -> None:
     phases.done("cleanup_done")
 
 
-def _train(
-    session: Session, optimizer: "DenseAdamW | ChunkedAdamW", samples: list[Batch], phases: Phases, emit: Emit
-) -> None:
+def _train(session: Session, optimizer: "DenseAdamW | ChunkedAdamW", samples: list[Batch], phases: Phases, emit: Emit) -> None:
     config, step_config = session.config, session.config["step"]
     model = session.model
     assert isinstance(model, Qwen3)
@@ -91,7 +89,14 @@ def _train(
         tokens = int((batch.targets >= 0).sum())
         ms = (time.monotonic() - started) * 1e3
         emit(
-            Loss(step=step, loss=value, grad_norm=None if norm is None else float(norm), tokens=tokens, lr=config["lr"], ms=ms)
+            Loss(
+                step=step,
+                loss=value,
+                grad_norm=None if norm is None else float(norm),
+                tokens=tokens,
+                lr=config["lr"],
+                ms=ms,
+            )
         )
 
 
@@ -125,9 +130,7 @@ class DenseAdamW:
     def __init__(self, parameters: dict[str, nn.Parameter], options: AdamWOptions):
         self._names, self._parameters = list(parameters), list(parameters.values())
         o = options
-        self._adamw = torch.optim.AdamW(
-            self._parameters, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay
-        )
+        self._adamw = torch.optim.AdamW(self._parameters, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay)
 
     def names(self) -> list[str]:
         return self._names

@@ -46,15 +46,10 @@ def run(config: dict, emit: Emit) -> None:
     session.compact()
     tokenizer, data = session.tokenizer, config["data"]
     splits = {
-        split: load_samples(data["path"], tokenizer, config["seq_len"], data["style"], split)
-        for split in ("train", "held_out")
+        split: load_samples(data["path"], tokenizer, config["seq_len"], data["style"], split) for split in ("train", "held_out")
     }
-    held_out = list(
-        batches(splits["held_out"], task["batch_size"], tokenizer.endoftext, 0, pack=False)
-    )
-    train = batches(
-        splits["train"], task["batch_size"], tokenizer.endoftext, config["seed"], epochs=None, pack=False
-    )
+    held_out = list(batches(splits["held_out"], task["batch_size"], tokenizer.endoftext, 0, pack=False))
+    train = batches(splits["train"], task["batch_size"], tokenizer.endoftext, config["seed"], epochs=None, pack=False)
     phases.done("batch_ready")
     optimizer = _optimizer(session)
     model, started = session.model, time.monotonic()

@@ -55,9 +55,7 @@ class AdamWOptions:
 class ParameterState:
     """One parameter's weight and moments as matrices [rows, cols]."""
 
-    def __init__(
-        self, index: int, name: str, parameter: nn.Parameter, packed: PackedTensor | None, options: AdamWOptions
-    ):
+    def __init__(self, index: int, name: str, parameter: nn.Parameter, packed: PackedTensor | None, options: AdamWOptions):
         self.index, self.name, self.parameter, self.options = index, name, parameter, options
         self.rows, self.cols = matrix_shape(tuple(parameter.shape))
         device = parameter.device
@@ -129,9 +127,7 @@ class ChunkedAdamW:
         if options.master not in MASTERS:
             raise ValueError(f"master {options.master!r}: expected one of {', '.join(MASTERS)}")
         self.options, self.after_each, self.t = options, after_each, 0
-        self.states = [
-            ParameterState(i, name, p, packed.get(name), options) for i, (name, p) in enumerate(parameters.items())
-        ]
+        self.states = [ParameterState(i, name, p, packed.get(name), options) for i, (name, p) in enumerate(parameters.items())]
 
     def names(self) -> list[str]:
         return [s.name for s in self.states]

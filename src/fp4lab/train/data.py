@@ -53,9 +53,7 @@ def held_out(dialogue: dict[str, Any]) -> bool:
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
-def load_samples(
-    path: str | Path, tokenizer: Tokenizer, seq_len: int, style: str = "official", split: str = "all"
-) -> Samples:
+def load_samples(path: str | Path, tokenizer: Tokenizer, seq_len: int, style: str = "official", split: str = "all") -> Samples:
     """Samples of a file, or of all data files of a directory in the order of their names.
 
     Args:
@@ -175,9 +173,7 @@ def _text_sample(line: str, tokenizer: Tokenizer, seq_len: int, where: str) -> S
     return Sample(ids[:length], ids[1 : length + 1], [True] * length, where)
 
 
-def _dialogue_ids(
-    dialogue: dict[str, Any], tokenizer: Tokenizer, style: str, close_last: bool
-) -> tuple[list[int], list[bool]]:
+def _dialogue_ids(dialogue: dict[str, Any], tokenizer: Tokenizer, style: str, close_last: bool) -> tuple[list[int], list[bool]]:
     """Ids of the rendered dialogue and which of them the assistant wrote, <|im_end|> included.
 
     An answer is encoded apart from its opening, as generation does. `close_last`: keep the newline at the end.

@@ -1,0 +1,1 @@
+"""From run folders to answers: data frames, tables, plots. Reads files only; no torch."""

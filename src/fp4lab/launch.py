@@ -1,0 +1,82 @@
+"""Between Hydra and the supervisor: one composed config in, one supervised run out. No torch."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fp4lab.config import check, fingerprint, to_dict
+from fp4lab.errors import UserError
+from fp4lab.events import STATUSES
+from fp4lab.supervise.client import server
+from fp4lab.supervise.resume import finished
+from fp4lab.supervise.run import EVENTS, refused, supervise
+from fp4lab.tracking.base import Tracker
+from fp4lab.tracking.console import ConsoleTracker
+from fp4lab.tracking.jsonl import JsonlTracker
+
+_codes: list[int] = []
+
+
+def job(cfg: Any) -> float | None:
+    """Runs one composed configuration and returns its loss, for sweepers that minimise something.
+
+    A run that fails becomes a row of the sweep: nothing but an interruption of ourselves is raised.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    config = to_dict(cfg)
+    overrides = list(hydra.overrides.task)
+    multirun = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
+    out_dir = Path(hydra.runtime.output_dir)
+    sweep_dir = Path(hydra.sweep.dir) if multirun else None
+    choices = {k: str(v) for k, v in hydra.runtime.choices.items() if not k.startswith("hydra/")}
+    title = f"{out_dir.parent.name}/{out_dir.name}" if multirun else out_dir.name
+    title += f"  {' '.join(overrides)}" if overrides else ""
+    try:
+        check(config)
+        if config["dry_run"]:
+            print(f"would run {title}")
+            _remove_empty(out_dir)
+            return None
+        done = finished(out_dir, fingerprint(config)) if config["sweep"]["resume"] else None
+        if done is not None:
+            print(f"{title}\n  skipped: already {done['status']} with this configuration")
+            return done["loss"]
+        server()  # its imports overlap with what follows
+        trackers = _trackers(config, out_dir, sweep_dir, choices, title)
+        result = supervise(config, out_dir, overrides=overrides, choices=choices, trackers=trackers)
+    except UserError as e:
+        print(f"{title}\n  refused: {e}", file=sys.stderr)
+        result = refused(config, out_dir, overrides, choices, str(e))
+    _codes.append(STATUSES[result["status"]])
+    return result["loss"]
+
+
+def exit_code() -> int:
+    """0 if every run of this process completed or stopped as planned, else the code of the first that did not."""
+    return next((c for c in _codes if c), 0)
+
+
+def _trackers(
+    config: dict[str, Any], out_dir: Path, sweep_dir: Path | None, choices: dict[str, str], title: str
+) -> list[Tracker]:
+    trackers: list[Tracker] = [JsonlTracker(out_dir / EVENTS), ConsoleTracker(title)]
+    if config["tracker"]["name"] != "off":
+        from fp4lab.tracking.wandb import WandbTracker
+
+        group = config["tracker"]["group"] or (sweep_dir.name if sweep_dir else None)
+        tags = [*config["tracker"]["tags"], *(f"{k}={v}" for k, v in choices.items())]
+        name = f"{sweep_dir.name}/{out_dir.name}" if sweep_dir else out_dir.name
+        trackers.append(WandbTracker(sweep_dir or out_dir, name, group, [t[:64] for t in tags], config))
+    return trackers
+
+
+def _remove_empty(out_dir: Path) -> None:
+    """A dry run leaves nothing: Hydra has made the folder and its .hydra before we are called."""
+    for path in sorted((out_dir / ".hydra").glob("*")):
+        path.unlink()
+    for folder in (out_dir / ".hydra", out_dir):
+        if folder.is_dir() and not os.listdir(folder):
+            folder.rmdir()

@@ -1,0 +1,70 @@
+"""What a run's records amount to: the body of result.json."""
+
+from dataclasses import fields
+from typing import Any
+
+from fp4lab.events import Memory
+
+_PEAKS = [f.name for f in fields(Memory) if f.name.endswith("_mib") and f.name not in ("cuda_total_mib",)]
+
+
+class Summary:
+    """`add` every record, then `result`."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, float | None] = {}
+        self.losses: list[dict[str, Any]] = []
+        self.slowest: dict[str, Any] | None = None
+        self.phases: list[str] = []
+        self.pairs: dict[str, dict[str, Any]] = {}
+        self.files: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.health: dict[str, Any] | None = None
+        self.failure: dict[str, Any] | None = None
+
+    def add(self, record: dict[str, Any]) -> None:
+        kind = record["kind"]
+        if kind in ("phase", "sample"):
+            self._peak(record)
+        if kind == "phase":
+            self.phases.append(record["name"])
+            if self.slowest is None or (record["ms"] or 0) > self.slowest["ms"]:
+                self.slowest = {"name": record["name"], "ms": record["ms"] or 0}
+        elif kind == "loss":
+            self.losses.append(record)
+        elif kind == "first_token_diff":  # the last one wins: after the step, where there was one
+            self.pairs[record["pair"]] = {k: v for k, v in record.items() if k not in ("t", "wall", "kind", "pair")}
+        elif kind == "file":
+            self.files.append({k: record[k] for k in ("role", "path", "format", "bytes", "sha256")})
+        elif kind == "note":
+            self.notes.append(record["text"])
+        elif kind == "state_health":
+            self.health = {k: v for k, v in record.items() if k not in ("t", "wall", "kind")}
+        elif kind == "failure":
+            self.failure = record
+
+    def _peak(self, record: dict[str, Any]) -> None:
+        for name in _PEAKS:
+            value = record.get(name)
+            if value is None:
+                continue
+            before = self.peaks.get(name)
+            better = min if name == "mem_available_mib" else max
+            self.peaks[name] = value if before is None else better(before, value)
+
+    def result(self) -> dict[str, Any]:
+        """Everything but how the run ended."""
+        train = [r for r in self.losses if r["split"] == "train"]
+        held = [r for r in self.losses if r["split"] == "eval"]
+        return {
+            "loss": held[-1]["loss"] if held else train[-1]["loss"] if train else None,
+            "first_loss": train[0]["loss"] if train else None,
+            "trained": self.losses[-1]["trained"] if self.losses else None,
+            "peaks": self.peaks,
+            "slowest_phase": self.slowest,
+            "last_phase": self.phases[-1] if self.phases else None,
+            "first_token": self.pairs,
+            "state_health": self.health,
+            "files": self.files,
+            "notes": self.notes,
+        }
