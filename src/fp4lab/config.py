@@ -12,44 +12,45 @@ from typing import Any
 
 from fp4lab.errors import UserError
 
-PHASES = (
-    "start",
-    "model_loaded",
-    "session_disposed",
-    "post_load_compacted",
-    "first_token_done",
-    "state_initialized",
-    "batch_ready",
-    "zero_grad_done",
-    "forward_done",
-    "backward_done",
-    "optimizer_step_done",
-    "cleanup_done",
+# Enum, not StrEnum or Literal: OmegaConf knows it, and names the choices when a value is none of them.
+StopAfter = Enum(
+    "StopAfter",
+    [
+        "none",
+        "start",
+        "model_loaded",
+        "session_disposed",
+        "post_load_compacted",
+        "first_token_done",
+        "state_initialized",
+        "batch_ready",
+        "zero_grad_done",
+        "forward_done",
+        "backward_done",
+        "optimizer_step_done",
+        "cleanup_done",
+    ],
 )
+Device = Enum("Device", ["auto", "cpu", "cuda"])
+DType = Enum("DType", ["auto", "float32", "bfloat16", "float16"])
+LossName = Enum("LossName", ["ce", "scalar"])
+TaskName = Enum("TaskName", ["step", "tune"])
+WeightsKind = Enum("WeightsKind", ["shipped", "random", "hf", "dat"])
+BackendName = Enum("BackendName", ["dense", "bridge", "fp2", "noste"])
+Activations = Enum("Activations", ["none", "nvfp4"])
+KvcName = Enum("KvcName", ["replay", "prefill", "persistent"])
+StepName = Enum("StepName", ["chunked", "dense"])
+StateFormat = Enum("StateFormat", ["nvfp4", "nvfp4_two_level", "int8", "bf16", "fp32"])
+Master = Enum("Master", ["packed", "packed_stochastic", "bf16", "fp32"])
+TrackerName = Enum("TrackerName", ["offline", "online", "off"])
+Order = Enum("Order", ["random", "sequential"])
+Style = Enum("Style", ["official", "training"])
+Rule = Enum("Rule", ["ct", "torchao", "native", "nearest", "stochastic"])
+Levels = Enum("Levels", ["single", "tensor", "row"])
+Schedule = Enum("Schedule", ["constant", "cosine"])
 
 
-def _choice(name: str, *members: str) -> Any:
-    return Enum(name, {m: m for m in members})
-
-
-StopAfter = _choice("StopAfter", "none", *PHASES)
-Device = _choice("Device", "auto", "cpu", "cuda")
-DType = _choice("DType", "auto", "float32", "bfloat16", "float16")
-LossName = _choice("LossName", "ce", "scalar")
-TaskName = _choice("TaskName", "step", "tune")
-WeightsKind = _choice("WeightsKind", "shipped", "random", "hf", "dat")
-BackendName = _choice("BackendName", "dense", "bridge", "fp2", "noste")
-Activations = _choice("Activations", "none", "nvfp4")
-KvcName = _choice("KvcName", "replay", "prefill", "persistent")
-StepName = _choice("StepName", "chunked", "dense")
-StateFormat = _choice("StateFormat", "nvfp4", "nvfp4_two_level", "int8", "bf16", "fp32")
-Master = _choice("Master", "packed", "packed_stochastic", "bf16", "fp32")
-TrackerName = _choice("TrackerName", "offline", "online", "off")
-Order = _choice("Order", "random", "sequential")
-Style = _choice("Style", "official", "training")
-Rule = _choice("Rule", "ct", "torchao", "native", "nearest", "stochastic")
-Levels = _choice("Levels", "single", "tensor", "row")
-Schedule = _choice("Schedule", "constant", "cosine")
+PHASES = tuple(p.name for p in StopAfter if p is not StopAfter.none)  # in order
 
 
 @dataclass

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 SUMMARY = "summary.csv"
 # columns of load_runs that are results; the rest are what was swept
 RESULTS = frozenset(
-    ["run", "status", "reason", "loss", "first_loss", "trained", "first_token", "worst_kl", "codes_changed", "updates_lost", "peak_mib", "peak_of", "slowest_phase", "slowest_ms", "last_phase", "seconds"]
+    {"run", "status", "reason", "loss", "first_loss", "trained", "first_token", "worst_kl", "codes_changed", "updates_lost"}
+    | {"peak_mib", "peak_of", "slowest_phase", "slowest_ms", "last_phase", "seconds"}
 )
 _COLOURS = {"completed": "green", "stopped": "green"}
 
@@ -58,4 +59,4 @@ def _missing(x: Any) -> bool:
 
 
 def _shown(x: Any, spec: str) -> str:
-    return "" if x is None else format(x, spec)
+    return "" if _missing(x) else format(x, spec)

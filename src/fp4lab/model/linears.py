@@ -62,7 +62,7 @@ class _StraightThrough(torch.autograd.Function):
         return quantised.view_as(quantised)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         return grad, None  # cast to the master's dtype by autograd
 
 

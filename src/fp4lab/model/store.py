@@ -107,10 +107,11 @@ def build_store(
             ("gate_up", MLP_IN),
             ("down", ("mlp.down_proj",)),
         ):
-            members = {f"{prefix}{s}.weight": config.linear_shape(s) for s in suffixes}
+            members: dict[str, tuple[int, ...]] = {f"{prefix}{s}.weight": config.linear_shape(s) for s in suffixes}
             whole = store.fused[prefix + fused] = linears(members)
             start = 0
-            for name, (rows, _) in members.items():
+            for name, shape in members.items():
+                rows = shape[0]
                 store.packed[name] = whole.rows(start, start + rows)
                 start += rows
     if store.tied:

@@ -57,8 +57,9 @@ def _serve(sock: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     _say(sock, {"ready": os.getpid()})
     alive: set[int] = set()
+    inputs: list[Any] = [sock, wake_r]
     while True:
-        ready, _, _ = select.select([sock, wake_r], [], [])
+        ready, _, _ = select.select(inputs, [], [])
         if wake_r in ready:
             os.read(wake_r, 4096)
             while alive:

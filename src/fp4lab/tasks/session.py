@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fp4lab.chat.tokenizer import Tokenizer
 from fp4lab.checkpoint import FileInfo, Weights, open_weights
@@ -63,7 +62,7 @@ class Session:
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def publish(self, stored: dict[str, "PackedTensor | Tensor"] | None = None) -> None:
+    def publish(self, stored: dict[str, PackedTensor] | None = None) -> None:
         """Writes the trained weights into the store, so that every path computes with them.
 
         `stored` holds what the optimizer keeps packed; other linears are packed here from their float masters.
@@ -79,9 +78,9 @@ class Session:
             value = stored.get(name)
             if name in self.store.raw:
                 self.store.update(name, parameter)
-            elif isinstance(value, PackedTensor):
+            elif value is not None:
                 self.store.update(name, value)
-            if name in self.store.packed and not isinstance(value, PackedTensor):
+            if name in self.store.packed and value is None:
                 self.store.update(name, repack_like(parameter, self.store.packed[name], rule=rule))
         for _, linear in ste_linears(self.model):
             linear.clear_eval_cache()

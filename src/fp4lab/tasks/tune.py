@@ -13,6 +13,7 @@ from fp4lab.errors import Diverged, UserError
 from fp4lab.events import Emit, File, Loss, Progress, Turn
 from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.model.paths import TRAINABLE
+from fp4lab.model.qwen3 import Qwen3
 from fp4lab.tasks.meter import Phases
 from fp4lab.tasks.probe import all_paths, probe
 from fp4lab.tasks.session import Session, open_session
@@ -53,6 +54,7 @@ def run(config: dict, emit: Emit) -> None:
     phases.done("batch_ready")
     optimizer = _optimizer(session)
     model, started = session.model, time.monotonic()
+    assert isinstance(model, Qwen3)
     seen = 0
     for step in range(config["steps"]):
         lr = learning_rate(step, config["steps"], config["lr"], task["warmup_steps"], task["schedule"])
@@ -88,6 +90,7 @@ def run(config: dict, emit: Emit) -> None:
 def _optimizer(session: Session) -> torch.optim.AdamW:
     """torch's AdamW; norms are not decayed."""
     c = session.config["step"]
+    assert isinstance(session.model, Qwen3)
     parameters = [p for p in session.model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": c["weight_decay"]},

@@ -1,6 +1,6 @@
 """Who holds the bytes: tensors by kind, device and dtype, shared storage found by its address, not by object identity."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from fp4lab.events import TensorBytes
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def tensor_report(groups: "dict[str, Iterable[Tensor]]") -> list[TensorBytes]:
+def tensor_report(groups: "Mapping[str, Iterable[Tensor]]") -> list[TensorBytes]:
     """kind -> tensors, largest row first. Bytes of a storage seen in an earlier group (or tensor) count as duplicate.
 
     Views count their own elements; two views of different parts of one storage are no duplicates of each other.
