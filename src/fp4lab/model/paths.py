@@ -26,12 +26,12 @@ def _frozen(store: WeightStore) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(t, requires_grad=False) for name, t in store.raw.items()}
 
 
-def noste_model(store: WeightStore, dtype: torch.dtype, activations: str, native: bool = False) -> Qwen3:
+def noste_model(store: WeightStore, dtype: torch.dtype, activations: str = "none", native: bool = False) -> Qwen3:
     """C."""
     return Qwen3(store.config, lambda name: PackedLinear(store.packed[name], activations, native), _frozen(store), dtype)
 
 
-def bridge_model(store: WeightStore, dtype: torch.dtype, activations: str, native: bool = False) -> Bridge:
+def bridge_model(store: WeightStore, dtype: torch.dtype, activations: str = "none", native: bool = False) -> Bridge:
     """A."""
     return Bridge(store, dtype, activations, native)
 

@@ -5,6 +5,7 @@ from fp4lab.nvfp4.emulate import quantize_activations
 from fp4lab.nvfp4.native import native_available, operand, scaled_fp4_matmul
 from fp4lab.nvfp4.packed import BLOCK, PackedTensor
 from fp4lab.nvfp4.swizzle import swizzle, unswizzle
+from fp4lab.nvfp4.update import update_stochastic
 
 __all__ = [
     "BLOCK",
@@ -23,4 +24,5 @@ __all__ = [
     "swizzle",
     "unpack",
     "unswizzle",
+    "update_stochastic",
 ]

@@ -165,7 +165,7 @@ def _encode(x: Tensor, rule: str, g: Tensor | None, noise: Tensor | None) -> tup
     if rule == "native":
         scale = encode_e4m3((amax / E2M1_MAX).clamp(2.0**-16, E4M3_MAX).float())
         y = blocks.float() / (scale.float() + 1e-12).unsqueeze(-1)
-        return _nibbles(encode_e2m1(y, "away")), scale
+        return nibbles(encode_e2m1(y, "away")), scale
     wide, wanted = blocks.float(), amax.float() / E2M1_MAX
     if rule == "ct":
         assert g is not None
@@ -173,7 +173,7 @@ def _encode(x: Tensor, rule: str, g: Tensor | None, noise: Tensor | None) -> tup
         scale = torch.where(scale.float() == 0, torch.tensor(0.125, device=x.device), scale.float())
         scale = scale.to(torch.float8_e4m3fn)
         y = wide / (scale.float() / g).unsqueeze(-1)
-        return _nibbles(encode_e2m1(y)), scale
+        return nibbles(encode_e2m1(y)), scale
     if g is not None:
         wanted = wanted / g
     least = E4M3_NORMAL if rule == "torchao" else E4M3_TINY
@@ -184,8 +184,8 @@ def _encode(x: Tensor, rule: str, g: Tensor | None, noise: Tensor | None) -> tup
     y = wide / total.unsqueeze(-1)
     if rule == "stochastic":
         assert noise is not None
-        return _nibbles(encode_e2m1(y, "stochastic", noise.view_as(y))), scale
-    return _nibbles(encode_e2m1(y)), scale
+        return nibbles(encode_e2m1(y, "stochastic", noise.view_as(y))), scale
+    return nibbles(encode_e2m1(y)), scale
 
 
 def _not_below(scale: Tensor, wanted: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def _not_below(scale: Tensor, wanted: Tensor) -> Tensor:
     return (byte + low.to(torch.uint8)).view(torch.float8_e4m3fn)
 
 
-def _nibbles(codes: Tensor) -> Tensor:
+def nibbles(codes: Tensor) -> Tensor:
     """codes [rows, blocks, 16] -> bytes [rows, cols / 2], even column in the low nibble."""
     flat = codes.view(codes.shape[0], -1, 2)
     return flat[..., 0] | (flat[..., 1] << 4)

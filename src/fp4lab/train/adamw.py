@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4lab.events import StateHealth
-from fp4lab.nvfp4 import PackedTensor, pack, unpack
+from fp4lab.nvfp4 import PackedTensor, pack, unpack, update_stochastic
 from fp4lab.nvfp4.packed import matrix_shape
 from fp4lab.train.health import Health
 from fp4lab.train.noise import uniform
@@ -99,8 +99,10 @@ class ParameterState:
         if self.options.master == "packed":
             rule = "ct" if old.divide else self.options.rule
             return pack(value, rule, old.levels, global_scale=kept)
-        noise = uniform(self.options.seed, step, self.index, start, stop, old.codes.shape[1] * 2, value.device)
-        return pack(value, "stochastic", old.levels, noise=noise, global_scale=kept, divide=old.divide)
+        cols = old.codes.shape[1] * 2
+        noise = uniform(self.options.seed, step, 2 * self.index, start, stop, cols, value.device)
+        blocks = uniform(self.options.seed, step, 2 * self.index + 1, start, stop, cols // 16, value.device)
+        return update_stochastic(value, old, noise, blocks)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(kind, tensor) for the byte report, e.g. ("state_w_codes", ...)."""
