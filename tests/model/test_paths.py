@@ -12,19 +12,37 @@ from fp4lab.model.store import build_store
 from fp4lab.nvfp4 import PackedTensor, pack, unpack
 
 SHAPES = {
-    "head_dim 128, hidden 96, 1 group": dict(
-        hidden_size=96, head_dim=128, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True
-    ),
-    "untied, 4 groups": dict(
-        hidden_size=64, head_dim=16, num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False
-    ),
-    "tied, 4 groups, other theta": dict(
-        hidden_size=64, head_dim=32, num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True, rope_theta=1e4
-    ),
+    "head_dim 128, hidden 96, 1 group": {
+        "hidden_size": 96,
+        "head_dim": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "untied, 4 groups": {
+        "hidden_size": 64,
+        "head_dim": 16,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    },
+    "tied, 4 groups, other theta": {
+        "hidden_size": 64,
+        "head_dim": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+        "rope_theta": 1e4,
+    },
 }
-COMMON = dict(
-    vocab_size=96, intermediate_size=112, num_hidden_layers=2, rms_norm_eps=1e-6, rope_theta=5e6, max_position_embeddings=64
-)
+COMMON = {
+    "vocab_size": 96,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5e6,
+    "max_position_embeddings": 64,
+}
 
 
 def shape_of(name: str) -> Qwen3Config:

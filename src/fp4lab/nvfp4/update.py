@@ -36,10 +36,7 @@ def update_stochastic(x: Tensor, old: PackedTensor, noise: Tensor, block_noise: 
     blocks = x.view(rows, -1, BLOCK)
     byte = old.block_scale.view(torch.uint8)
     second, byte = _make_room(blocks, byte, old)
-    if second is None:
-        y = blocks
-    else:
-        y = blocks * second.unsqueeze(-1) if old.divide else blocks / second.unsqueeze(-1)
+    y = blocks if second is None else blocks * second.unsqueeze(-1) if old.divide else blocks / second.unsqueeze(-1)
     size = y.abs()
     wanted = size.amax(dim=-1) / E2M1_MAX
     scale = _value(byte)

@@ -192,3 +192,10 @@ def _model(s: Session, emit: Emit) -> Qwen3 | Bridge:
 
 def _report(emit: Emit, info: FileInfo) -> None:
     emit(File(role=info.role, path=str(info.path), format=info.format, bytes=info.bytes, sha256=info.sha256))
+
+
+def report_data(path: str, emit: Emit) -> None:
+    """A File event for every file of the training text."""
+    files = [Path(path)] if Path(path).is_file() else sorted(p for p in Path(path).iterdir() if p.is_file())
+    for file in files:
+        _report(emit, FileInfo("data", file, file.suffix.lstrip(".")))

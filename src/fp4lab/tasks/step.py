@@ -15,7 +15,7 @@ from fp4lab.model.paths import TRAINABLE
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.tasks.meter import Phases
 from fp4lab.tasks.probe import probe
-from fp4lab.tasks.session import Session, open_session
+from fp4lab.tasks.session import Session, open_session, report_data
 from fp4lab.telemetry.tensor_bytes import tensor_report
 from fp4lab.train import grads
 from fp4lab.train.adamw import AdamWOptions, ChunkedAdamW
@@ -41,7 +41,7 @@ def run(config: dict, emit: Emit) -> None:
     for row in byte_report(session, optimizer):
         emit(row)
     phases.done("state_initialized")
-    samples = _batches(session)
+    samples = _batches(session, emit)
     phases.done("batch_ready")
     if optimizer is None:
         _evaluate(session, samples, phases, emit)
@@ -114,10 +114,11 @@ def _loss(session: Session, batch: Batch) -> Tensor:
     return LOSSES[session.config["loss"]](session.model, hidden, batch.targets.to(session.device))
 
 
-def _batches(session: Session) -> list[Batch]:
+def _batches(session: Session, emit: Emit) -> list[Batch]:
     """One sample a step, as the reference feeds them; as many as there are steps."""
     config = session.config
     samples = load_samples(config["data"]["path"], session.tokenizer, config["seq_len"], config["data"]["style"])
+    report_data(config["data"]["path"], emit)
     if not samples:
         raise UserError(f"data.path={config['data']['path']}: no target fits into seq_len={config['seq_len']}")
     chosen = ordered(samples, config["seed"], config["data"]["order"])[: config["steps"]]

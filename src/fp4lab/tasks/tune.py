@@ -16,7 +16,7 @@ from fp4lab.model.paths import TRAINABLE
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.tasks.meter import Phases
 from fp4lab.tasks.probe import all_paths, probe
-from fp4lab.tasks.session import Session, open_session
+from fp4lab.tasks.session import Session, open_session, report_data
 from fp4lab.train.batches import IGNORE, batches
 from fp4lab.train.data import load_samples
 from fp4lab.train.loss import LOSSES, evaluate
@@ -49,6 +49,7 @@ def run(config: dict, emit: Emit) -> None:
     splits = {
         split: load_samples(data["path"], tokenizer, config["seq_len"], data["style"], split) for split in ("train", "held_out")
     }
+    report_data(data["path"], emit)
     held_out = list(batches(splits["held_out"], task["batch_size"], tokenizer.endoftext, 0, pack=False))
     train = batches(splits["train"], task["batch_size"], tokenizer.endoftext, config["seed"], epochs=None, pack=False)
     phases.done("batch_ready")
