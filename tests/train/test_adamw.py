@@ -76,7 +76,7 @@ def test_small_updates_vanish_under_nearest_and_survive_under_stochastic():
     moved = {}
     for master in ("packed", "packed_stochastic", "fp32"):
         ps = parameters((64, 64), seed=1)
-        image = pack(ps["p0"], "nearest")  # a row's second level would follow the row's largest value
+        image = pack(ps["p0"])  # single level: a row scale would follow its largest value
         start = unpack(image)
         with torch.no_grad():
             ps["p0"].copy_(start)
