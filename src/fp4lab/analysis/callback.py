@@ -6,23 +6,26 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from fp4lab.errors import UserError
+
 
 class SweepTable(Callback):
+    """Named in conf/config.yaml. Also right for a sweep that was interrupted half way: it reads folders, not memory."""
+
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         if config.dry_run:
             return
-        from rich.console import Console
-
         from fp4lab.analysis.frames import load_runs
-        from fp4lab.analysis.table import reasons, sweep_table, write_summary
+        from fp4lab.analysis.table import print_runs, terminal, write_summary
 
         folder = Path(config.hydra.sweep.dir)
-        runs = load_runs(folder)
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=160, highlight=False)
+        console = terminal()
         console.print()
-        console.print(sweep_table(runs, str(folder)))
-        for line in reasons(runs):
-            console.print(line, highlight=False)
-        console.print(f"{write_summary(runs, folder)} holds the table; fp4lab compare {folder} prints it again.")
+        try:
+            runs = load_runs(folder)
+        except UserError as e:
+            console.print(str(e), markup=False)
+            return
+        print_runs(runs, console)
+        said = f"\n{write_summary(runs, folder)} holds this table; `fp4lab compare {folder}` prints it again."
+        console.print(said, markup=False, soft_wrap=True)

@@ -1,6 +1,7 @@
-"""Run folders as data frames, killed runs included."""
+"""Run folders as data frames, killed and unfinished runs included. Reads result.json and events.jsonl, nothing else."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +14,42 @@ from fp4lab.supervise.summary import Summary
 if TYPE_CHECKING:
     import pandas as pd
 
-_PATHS = ("A", "B", "C", "R")
+# Columns of load_runs that are results; the others are the options a run was given.
+RESULTS = (
+    "run",
+    "status",
+    "reason",
+    "first_loss",
+    "loss",
+    "trained",
+    "first_token",
+    "worst_kl",
+    "worst_pair",
+    "codes_changed",
+    "updates_lost",
+    "peak_mib",
+    "peak_of",
+    "slowest_phase",
+    "slowest_ms",
+    "last_phase",
+    "seconds",
+)
+_PATHS = "ABCR"  # the order of first-token paths in text
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The runs below `folder` (or `folder` itself), in the order of their numbers. Raises UserError if there are none."""
-    candidates = [folder, *(p for p in folder.glob("*") if p.is_dir())] if folder.is_dir() else []
+    """The runs directly below `folder`, or `folder` itself, by job number. Raises UserError if there are none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected a sweep's folder or a run's, e.g. one below outputs/")
+    candidates = [folder, *(p for p in folder.iterdir() if p.is_dir())]
     found = [p for p in candidates if (p / EVENTS).is_file() or (p / RESULT).is_file()]
     if not found:
-        raise UserError(f"{folder}: no runs in it; expected a folder with {EVENTS}, or a sweep's folder of such folders")
+        raise UserError(f"{folder}: no runs in it; expected {EVENTS} or {RESULT} there or in its direct subfolders")
     return sorted(found, key=lambda p: (not p.name.isdigit(), int(p.name) if p.name.isdigit() else 0, p.name))
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """The records of one run; a last line cut off by a kill is left out."""
+    """The records of one run, in order; a last line cut off by a kill is left out."""
     path = run / EVENTS
     if not path.is_file():
         return []
@@ -41,32 +64,43 @@ def read_events(run: Path) -> list[dict[str, Any]]:
 
 
 def read_result(run: Path) -> dict[str, Any]:
-    """result.json, or as much of it as the events tell where the supervisor died before writing it."""
+    """result.json, or where there is none (whole) as much of it as the events tell, with status "unfinished"."""
     try:
-        return json.loads((run / RESULT).read_text(encoding="utf-8"))
+        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
+        if isinstance(result, dict) and "status" in result:
+            return result
     except (OSError, ValueError):
-        summary, records = Summary(), read_events(run)
-        for record in records:
-            summary.add(record)
-        start = next((r for r in records if r["kind"] == "start"), {})
-        return {
-            "status": "unfinished",
-            "reason": "no result.json: the supervisor ended before the run did",
-            "overrides": start.get("overrides", []),
-            "seconds": records[-1]["t"] if records else None,
-            **summary.result(),
-        }
+        pass
+    summary, records = Summary(), read_events(run)
+    for record in records:
+        summary.add(record)
+    start = next((r for r in records if r["kind"] == "start"), {})
+    after = f" after {summary.phases[-1]}" if summary.phases else ""
+    return {
+        "status": "unfinished",
+        "reason": f"no {RESULT}: still running, or its supervisor was killed{after}",
+        "overrides": start.get("overrides", []),
+        "seconds": records[-1]["t"] if records else None,
+        **summary.result(),
+    }
 
 
 def load_runs(folder: str | Path) -> "pd.DataFrame":
-    """One row a run: the swept options, then status, loss, agreement, memory, time."""
+    """One row a run: its options as given (text), then RESULTS.
+
+    `loss` is the held-out loss where there was one, else the last training loss; `peak_mib` (2**20 bytes) the device's peak
+    where known, else the resident set's (`peak_of` says which); `worst_kl` is in nats. An option that shares its name with a
+    result is called "option NAME". Raises UserError if there are no runs.
+    """
     import pandas as pd
 
-    return pd.DataFrame([_row(run) for run in run_folders(Path(folder))])
+    rows = [_row(run) for run in run_folders(Path(folder))]
+    options = dict.fromkeys(name for row in rows for name in row if name not in RESULTS)
+    return pd.DataFrame(rows, columns=["run", *options, *RESULTS[1:]])
 
 
 def load_events(folder: str | Path, kind: str | None = None) -> "pd.DataFrame":
-    """All records of all runs (of one kind), with a `run` column."""
+    """All records of all runs (of one kind), one a row, with a `run` column. Raises UserError if there are no runs."""
     import pandas as pd
 
     rows = [
@@ -75,24 +109,25 @@ def load_events(folder: str | Path, kind: str | None = None) -> "pd.DataFrame":
         for record in read_events(run)
         if kind is None or record["kind"] == kind
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["run", "kind"])
 
 
 def _row(run: Path) -> dict[str, Any]:
     r = read_result(run)
-    overrides = dict(o.lstrip("+~").split("=", 1) for o in r.get("overrides", []) if "=" in o)
     slowest, health, pairs = r.get("slowest_phase") or {}, r.get("state_health") or {}, r.get("first_token") or {}
-    memory, source = _peak(r.get("peaks") or {})
+    kl, pair = _worst(pairs)
+    memory, source = _peak(r)
     return {
+        **_options(r.get("overrides") or []),
         "run": run.name,
-        **overrides,
         "status": r["status"],
-        "reason": r.get("reason", ""),
-        "loss": _number(r.get("loss")),
+        "reason": r.get("reason") or "",
         "first_loss": _number(r.get("first_loss")),
+        "loss": _number(r.get("loss")),
         "trained": r.get("trained"),
         "first_token": agreement(pairs),
-        "worst_kl": max((_number(p["kl"]) or 0.0 for p in pairs.values()), default=None),
+        "worst_kl": kl,
+        "worst_pair": pair,
         "codes_changed": health.get("code_changed"),
         "updates_lost": health.get("update_lost"),
         "peak_mib": memory,
@@ -104,31 +139,41 @@ def _row(run: Path) -> dict[str, Any]:
     }
 
 
+def _options(overrides: list[str]) -> dict[str, str]:
+    options = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o and not o.startswith("~"))
+    return {f"option {k}" if k in RESULTS else k: v for k, v in options.items()}
+
+
 def agreement(pairs: dict[str, dict[str, Any]]) -> str:
-    """Paths that would say the same first token, joined by "="; groups that differ, by "≠". E.g. "A=B=C≠R"."""
-    names = sorted({n for pair in pairs for n in pair.split("-")}, key=_PATHS.index)
+    """Paths with the same first token joined by "=", groups that differ by "≠": "A=B=C", "A=C≠B"; "" without pairs."""
+    names = sorted({n for pair in pairs for n in pair.split("-")}, key=lambda n: (_PATHS + n).index(n))
+    same = {frozenset(pair.split("-")) for pair, d in pairs.items() if d.get("top1_equal")}
     groups: list[list[str]] = []
     for name in names:
-        for group in groups:
-            if pairs.get(f"{group[0]}-{name}", {}).get("top1_equal"):
-                group.append(name)
-                break
-        else:
+        group = next((g for g in groups if frozenset((g[0], name)) in same), None)
+        if group is None:
             groups.append([name])
-    return " ≠ ".join("=".join(g) for g in groups)
+        else:
+            group.append(name)
+    return "≠".join("=".join(g) for g in groups)
 
 
-def _peak(peaks: dict[str, Any]) -> tuple[float | None, str | None]:
+def _worst(pairs: dict[str, dict[str, Any]]) -> tuple[float | None, str | None]:
+    """The largest KL and its pair; not-a-number is worse than any number."""
+    kls = [(kl, pair) for pair, d in pairs.items() if (kl := _number(d.get("kl"))) is not None]
+    return max(kls, key=lambda x: math.inf if math.isnan(x[0]) else x[0], default=(None, None))
+
+
+def _peak(result: dict[str, Any]) -> tuple[float | None, str | None]:
     """The peak that matters: what torch allocated on a device, the device's own count, or the resident set."""
-    for name, source in (
-        ("torch_peak_mib", "allocated"),
-        ("pid_mem_mib", "device"),
-        ("proc_peak_rss_mib", "resident"),
-        ("proc_rss_mib", "resident"),
-    ):
+    peaks = result.get("peaks") or {}
+    for name, source in (("torch_peak_mib", "allocated"), ("pid_mem_mib", "device")):
         if peaks.get(name) is not None:
             return peaks[name], source
-    return None, None
+    # Phases, the supervisor's looks and the kernel's account at exit each see what the others miss.
+    resident = [peaks.get("proc_peak_rss_mib"), peaks.get("proc_rss_mib"), result.get("max_rss_mib")]
+    known = [x for x in resident if x is not None]
+    return (max(known), "resident") if known else (None, None)
 
 
 def _number(x: Any) -> float | None:

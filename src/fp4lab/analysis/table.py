@@ -1,57 +1,147 @@
-"""The table at the end of a sweep, and summary.csv."""
+"""Runs side by side: the table at the end of a sweep, and summary.csv."""
 
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from fp4lab.analysis.frames import RESULTS
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.console import Console
+    from rich.table import Table
 
 SUMMARY = "summary.csv"
-# columns of load_runs that are results; the rest are what was swept
-RESULTS = frozenset(
-    {"run", "status", "reason", "loss", "first_loss", "trained", "first_token", "worst_kl", "codes_changed", "updates_lost"}
-    | {"peak_mib", "peak_of", "slowest_phase", "slowest_ms", "last_phase", "seconds"}
-)
-_COLOURS = {"completed": "green", "stopped": "green"}
+PIPE_WIDTH = 120  # columns, where there is no terminal to ask
+_SPARE = (
+    "long names",
+    "first loss",
+    "codes\nmoved",
+    "slowest phase",
+    "trained",
+)  # left out of narrow tables, first to go first
+_COLOURS = {"completed": "green", "stopped": "green", "unfinished": "yellow", "interrupted": "yellow"}
 
 
-def sweep_table(runs: "pd.DataFrame", title: str = "") -> Table:
-    """Runs side by side: what was swept, then status, loss, first-token agreement, peak memory, slowest phase, time."""
-    swept = [c for c in runs.columns if c not in RESULTS]
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    table.add_column("run", justify="right")
-    for name in swept:
-        table.add_column(name, justify="right")
-    for name in ("status", "loss", "first token", "worst KL", "codes moved", "peak MiB", "slowest phase", "s"):
-        table.add_column(name, justify="left" if name in ("status", "first token", "slowest phase") else "right")
-    for row in runs.to_dict("records"):
-        colour = _COLOURS.get(row["status"], "red")
-        untrained = " (not trained)" if row["trained"] is False else ""
-        slowest = "" if _missing(row["slowest_phase"]) else f"{row['slowest_phase']} {row['slowest_ms']:.0f} ms"
-        table.add_row(
-            str(row["run"]),
-            *("" if _missing(row[c]) else str(row[c]) for c in swept),
-            f"[{colour}]{row['status']}[/]{untrained}",
-            *(_shown(row["loss"], ".4f"), row["first_token"], _shown(row["worst_kl"], ".1e")),
-            *(_shown(row["codes_changed"], ".2%"), _shown(row["peak_mib"], ".0f"), slowest),
-            _shown(row["seconds"], ".1f"),
-        )
+def options(runs: "pd.DataFrame") -> tuple[list[str], dict[str, str]]:
+    """The options that differ between runs (column names), and those that all runs share with one value."""
+    given = [c for c in runs.columns if c not in RESULTS]
+    swept = [c for c in given if runs[c].nunique(dropna=False) > 1]
+    return swept, {c: str(runs[c].iloc[0]) for c in given if c not in swept}
+
+
+def sweep_table(runs: "pd.DataFrame", width: int = PIPE_WIDTH) -> "Table":
+    """What was swept, then status, loss, first-token agreement, peak memory, slowest phase, time; for `width` columns.
+
+    `runs` is from load_runs. Options that all runs share are in the caption. What does not fit is left out, in the order of
+    _SPARE; summary.csv has it still.
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    endless = Console(width=10_000)
+    for count in range(len(_SPARE) + 1):
+        table = _table(runs, frozenset(_SPARE[:count]))
+        if Measurement.get(endless, endless.options, table).maximum <= width:
+            break
     return table
 
 
+def _table(runs: "pd.DataFrame", without: frozenset[str]) -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
+    swept, shared = options(runs)
+    caption = "all runs: " + " ".join(f"{k}={v}" for k, v in shared.items()) if shared else None
+    table = Table(box=None, pad_edge=False, header_style="bold", caption=caption and escape(caption), caption_justify="left")
+    table.add_column("run", justify="right", no_wrap=True)
+    for name in swept:
+        header = _short(name, swept) if "long names" in without else name
+        table.add_column(escape(header), justify="right", overflow="fold")
+    kept = [c for c in _columns("first loss" not in without) if c[0] not in without]
+    for header, justify, _ in kept:
+        table.add_column(header, justify=justify, no_wrap=True)
+    for row in runs.to_dict("records"):
+        given = ("" if _missing(row[c]) else escape(str(row[c])) for c in swept)
+        table.add_row(str(row["run"]), *given, *(cell(row) for _, _, cell in kept))
+    return table
+
+
+def _columns(first_loss: bool) -> list[tuple[str, Any, Callable[[dict[str, Any]], str]]]:
+    """Header, justification, and a cell of a row."""
+    return [
+        ("status", "left", lambda r: f"[{_COLOURS.get(r['status'], 'red')}]{r['status']}[/]"),
+        ("loss", "right", lambda r: _loss(r, first_loss)),
+        ("trained", "left", lambda r: "" if _missing(r["trained"]) else "yes" if r["trained"] else "no"),
+        ("first\ntoken", "left", lambda r: r["first_token"]),
+        ("worst\nKL", "right", _kl),
+        ("codes\nmoved", "right", lambda r: _shown(r["codes_changed"], ".1%")),
+        ("peak\nMiB", "right", lambda r: _shown(r["peak_mib"], ".0f")),
+        ("slowest phase", "left", _phase),
+        ("s", "right", lambda r: _shown(r["seconds"], ".1f")),
+    ]
+
+
+def print_runs(runs: "pd.DataFrame", console: "Console | None" = None) -> None:
+    """The table, then a line for each run that has a reason to give."""
+    console = console or terminal()
+    console.print(sweep_table(runs, console.width))
+    for line in reasons(runs):
+        console.print(line, style="red" if console.is_terminal else None, highlight=False, markup=False, soft_wrap=True)
+
+
+def terminal() -> "Console":
+    """Standard output: as wide as the terminal is; without one, PIPE_WIDTH (or COLUMNS) wide and without colour."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if console.is_terminal:
+        return console
+    asked = os.environ.get("COLUMNS", "")
+    return Console(width=int(asked) if asked.isdigit() and int(asked) else PIPE_WIDTH, highlight=False, color_system=None)
+
+
 def write_summary(runs: "pd.DataFrame", folder: Path) -> Path:
-    """summary.csv beside the runs."""
-    path = folder / SUMMARY
+    """`folder`/summary.csv: every column of load_runs at full precision. Returns its path."""
+    path = Path(folder) / SUMMARY
     runs.to_csv(path, index=False)
     return path
 
 
 def reasons(runs: "pd.DataFrame") -> list[str]:
-    """One line for each run that has something to explain."""
-    return [f"run {r['run']}: {r['status']}: {r['reason']}" for r in runs.to_dict("records") if r["reason"]]
+    """One line for each run that has something to explain: "run 3: oom: ..."."""
+    return [f"run {r['run']}: {r['status']}: {_first_line(r['reason'])}" for r in runs.to_dict("records") if r["reason"]]
+
+
+def _short(name: str, names: list[str]) -> str:
+    """`step.chunk_rows` as `chunk_rows`, where no other name ends the same; long names on two lines."""
+    last = name.rpartition(".")[2]
+    name = last if [n.rpartition(".")[2] for n in names].count(last) == 1 else name
+    return name if len(name) < 9 else name.replace("_", "_\n").replace(".", ".\n")
+
+
+def _loss(row: dict[str, Any], with_first: bool) -> str:
+    first, last = _shown(row["first_loss"], ".4f"), _shown(row["loss"], ".4f")
+    return f"{first}→{last}" if with_first and first and row["first_loss"] != row["loss"] else last
+
+
+def _kl(row: dict[str, Any]) -> str:
+    if row["worst_kl"] is None or row["worst_pair"] is None or _missing(row["worst_pair"]):
+        return ""
+    return "0" if row["worst_kl"] == 0 else f"{row['worst_kl']:.0e} {row['worst_pair']}"
+
+
+def _phase(row: dict[str, Any]) -> str:
+    if _missing(row["slowest_phase"]):
+        return ""
+    ms, name = row["slowest_ms"], row["slowest_phase"].removesuffix("_done")
+    return f"{name} {ms / 1000:.1f} s" if ms >= 1000 else f"{name} {ms:.0f} ms"
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n")[0]
 
 
 def _missing(x: Any) -> bool:

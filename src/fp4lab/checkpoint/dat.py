@@ -174,6 +174,8 @@ def _scan(path: Path, data: mmap.mmap, size: int) -> dict[str, DatEntry]:
             raise s.fail(f"{rank} dimensions; expected at most {MAX_RANK}")
         dims = tuple(s.leb("a dimension") for _ in range(rank))
         nbytes = math.prod(dims) * ELEM_TYPES[elem_type][1]
+        if nbytes == 0 and math.prod(d or 1 for d in dims) >= 1 << 60:
+            raise s.fail(f"the dimensions {list(dims)} are beyond any tensor")
         entries[s.key] = DatEntry(s.key, elem_type, dims, s.take(nbytes, f"the payload {list(dims)}"), nbytes, s.entry)
     s.entry = -1
     if s.at != size:

@@ -1,7 +1,7 @@
 """The reference codec in plain torch: one definition of every rule, on any device.
 
 rule        block scale, before E4M3 (round to nearest even)   smallest scale   values                        zero block
-ct          amax / 6 * global (compressed-tensors)              2^-9             nearest, ties to even          0.125
+ct          amax / 6 in the input's dtype, * global             2^-9             nearest, ties to even          0.125
 torchao     amax / 6 in fp32 (made the reference file)          2^-6             nearest, ties to even          2^-6
 native      amax / 6 in the input's dtype                       0                nearest, ties away from zero   0
 nearest     amax / 6 in fp32                                    2^-9             nearest, ties to even          2^-9
@@ -51,14 +51,15 @@ def encode_e2m1(y: Tensor, rounding: str = "even", noise: Tensor | None = None) 
     the lowest, because the code is a concave function of y.
     """
     a = y.abs().clamp(max=E2M1_MAX)
-    position = torch.minimum(torch.minimum(a * 2, a + 2), a * 0.5 + 4)
-    if rounding == "even":
-        code = position.round()
-    elif rounding == "away":
-        code = (position + 0.5).floor()
+    if rounding == "even":  # each line is rounded before its offset is added, which keeps the last bit
+        code = torch.minimum(torch.minimum((a * 2).round(), a.round() + 2), (a * 0.5).round() + 4)
+    elif rounding == "away":  # floor(t + 1/2) as (floor(2 t) + 1) // 2, for the same reason
+        halves = torch.minimum(torch.minimum((a * 4).floor(), (a * 2).floor() + 4), a.floor() + 8)
+        code = ((halves + 1) * 0.5).floor()
     elif rounding == "stochastic":
         if noise is None:
             raise ValueError("stochastic rounding needs noise")
+        position = torch.minimum(torch.minimum(a * 2, a + 2), a * 0.5 + 4)
         code = (position + noise).floor()
     else:
         raise ValueError(f"rounding {rounding!r}: expected even, away or stochastic")
@@ -169,7 +170,7 @@ def _encode(x: Tensor, rule: str, g: Tensor | None, noise: Tensor | None) -> tup
     wide, wanted = blocks.float(), amax.float() / E2M1_MAX
     if rule == "ct":
         assert g is not None
-        scale = encode_e4m3(g * wanted)
+        scale = encode_e4m3(g * (amax / E2M1_MAX).float())  # divided in the input's dtype, as compressed-tensors does
         scale = torch.where(scale.float() == 0, torch.tensor(0.125, device=x.device), scale.float())
         scale = scale.to(torch.float8_e4m3fn)
         y = wide / (scale.float() / g).unsqueeze(-1)

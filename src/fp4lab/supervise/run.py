@@ -54,6 +54,7 @@ def supervise(
         run.stop_now("interrupted", "the supervisor was interrupted")
     except ServerDied as e:
         run.ended = ("failed", str(e))
+        run.kill(signal.SIGKILL)  # the worker died with the server; its children may not have
     result = run.finish(choices)
     if interruption is not None:
         raise interruption
@@ -76,14 +77,17 @@ class _Run:
         self.term_at: float | None = None
         self._tail = b""
         self._server: WorkerServer | None = None
-        self._polls = 0
+        self._polls = self._looks = 0
+        self._pipe: int | None = None
+        self._over = False
         self._last_sample = 0.0
 
     # records
 
     def record(self, record: dict[str, Any]) -> None:
         self.summary.add(record)
-        self.trackers.record(record)
+        if not self._over:  # nothing follows "end": a note about a tracker is then in the result only
+            self.trackers.record(record)
 
     def emit(self, event: Any) -> None:
         self.record({"t": self.seconds(), "wall": utc_now(), **to_record(event)})
@@ -113,6 +117,7 @@ class _Run:
         self._server = workers
         read_fd, write_fd = os.pipe()
         os.set_blocking(read_fd, False)
+        self._pipe = read_fd
         with (self.out_dir / LOG).open("wb") as log:
             self.emit(Start(task=self.config["task"]["name"], overrides=self.overrides, **manifest()))
             self.pid = workers.spawn(entry, {**self.config, "overrides": self.overrides}, write_fd, log.fileno())
@@ -120,24 +125,19 @@ class _Run:
         (self.out_dir / "worker.pid").write_text(f"{self.pid}\n")
         self.watcher = Watch(self.watcher.limits)
         started = time.monotonic()
-        try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(read_fd, selectors.EVENT_READ)
-                selector.register(workers, selectors.EVENT_READ)
-                while self.pid not in workers.exits:
-                    for key, _ in selector.select(self.guard["poll_s"]):
-                        if key.fd == read_fd:
-                            data = _read(read_fd)
-                            self.take(data)
-                            if not data:
-                                selector.unregister(read_fd)
-                        else:
-                            workers.listen()
-                    self._poll(time.monotonic() - started)
-            while data := _read(read_fd):
-                self.take(data)
-        finally:
-            os.close(read_fd)
+        with selectors.DefaultSelector() as selector:
+            selector.register(read_fd, selectors.EVENT_READ)
+            selector.register(workers, selectors.EVENT_READ)
+            while self.pid not in workers.exits:
+                for key, _ in selector.select(self.guard["poll_s"]):
+                    if key.fd == read_fd:
+                        data = _read(read_fd)
+                        self.take(data)
+                        if not data:
+                            selector.unregister(read_fd)
+                    else:
+                        workers.listen()
+                self._poll(time.monotonic() - started)
         self.exit = workers.exits.pop(self.pid)
 
     def _poll(self, seconds: float) -> None:
@@ -146,6 +146,7 @@ class _Run:
         if seconds < self._polls * self.guard["poll_s"] or self._exited():
             return
         self._polls = int(seconds / self.guard["poll_s"]) + 1
+        self._looks += 1
         memory = process_memory(self.pid)
         self.summary.add({"kind": "sample", **vars(memory)})
         if seconds - self._last_sample >= self.guard["sample_s"]:
@@ -167,7 +168,7 @@ class _Run:
                 reading_mib=breach.reading_mib,
                 limit_mib=self.watcher.limits.memory_mib,
                 over_s=self.watcher.limits.over_s,
-                period_s=seconds / max(self._polls, 1),
+                period_s=seconds / self._looks,
             )
         )
         self.ended = (breach.status, breach.reason)
@@ -220,6 +221,10 @@ class _Run:
         return "completed", ""
 
     def finish(self, choices: dict[str, str]) -> dict[str, Any]:
+        if self._pipe is not None:  # open until here: an interrupted worker still has its last word
+            while data := _read(self._pipe):
+                self.take(data)
+            os.close(self._pipe)
         if self._tail:
             self.note("events", f"the worker's last record was cut off ({len(self._tail)} bytes)")
         status, reason = self.verdict()
@@ -227,6 +232,7 @@ class _Run:
         name = None if self.exit is None else self.exit.signal
         end = End(status, reason, code, name, self.seconds(), self.summary.peaks)
         record = {"t": self.seconds(), "wall": utc_now(), **to_record(end)}
+        self._over = True
         self.trackers.record(record)
         self.trackers.close(record)
         result = {

@@ -6,14 +6,15 @@ fp32 copies of `chunk_rows` rows, whatever the model. Rows are independent of ea
 rounding depends on the element's place alone, so the result does not depend on `chunk_rows`, bit for bit.
 
 The weight between steps (`master`):
-  fp32, bf16         the float parameter itself
+  fp32, bf16         the float parameter itself, in the dtype that its owner gave it
   packed             NVFP4, nearest: the reference's. Updates smaller than half a code's distance vanish.
   packed_stochastic  NVFP4, stochastic: small updates survive on average; no float master exists.
 A packed weight starts each step from its stored codes; the float parameter is only their image. A weight whose second-level
 scale is per tensor keeps that scale: one chunk cannot know the tensor's maximum.
 
-1-D parameters (norms) and the embedding stay floats with fp32 moments; `pack_everything` packs them as the reference does
-(its failure 41).
+1-D parameters (norms) and the embedding have fp32 moments and an fp32 master whatever the options say, of their own where
+the parameter is narrower (in bf16 a norm near 1 loses every step below 2e-3); `pack_everything` packs them as the reference
+does (its failure 41). A gradient that is not finite makes NaN weights, whatever the master: never a finite wrong one.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from fp4lab.train.health import Health
 from fp4lab.train.noise import uniform
 from fp4lab.train.state import Moment, named_parts, write_rows
 
+E4M3_NAN = 0x7F
 MASTERS = ("packed", "packed_stochastic", "bf16", "fp32")
 
 
@@ -50,6 +52,7 @@ class AdamWOptions:
     pack_everything: bool = False
     rule: str = "torchao"  # of packed weights, nearest
     seed: int = 0
+    keep_high_precision: tuple[str, ...] = ("embed_tokens",)  # parts of names; 1-D parameters always
 
 
 class ParameterState:
@@ -59,12 +62,17 @@ class ParameterState:
         self.index, self.name, self.parameter, self.options = index, name, parameter, options
         self.rows, self.cols = matrix_shape(tuple(parameter.shape))
         device = parameter.device
-        high_precision = packed is None and not options.pack_everything
+        kept = parameter.ndim == 1 or any(part in name for part in options.keep_high_precision)
+        self.high_precision = kept and not options.pack_everything
         self.packed: PackedTensor | None = None
-        if options.master.startswith("packed") and not high_precision:
+        self.master: Tensor | None = None
+        if self.high_precision:
+            if parameter.dtype != torch.float32:
+                self.master = parameter.detach().reshape(self.rows, self.cols).float()
+        elif options.master.startswith("packed") and (packed is not None or options.pack_everything):
             start = packed if packed is not None else pack(parameter, "nearest")
             self.packed = start.to("cpu") if options.offload_w else start
-        state = "fp32" if high_precision else options.state
+        state = "fp32" if self.high_precision else options.state
         self.mv_device = torch.device("cpu") if options.offload_mv else device
         self.m = Moment(self.rows, self.cols, state, False, self.mv_device)
         self.v = Moment(self.rows, self.cols, state, True, self.mv_device)
@@ -73,18 +81,24 @@ class ParameterState:
         """Rows of the stored weight, fp32, on the parameter's device."""
         if self.packed is not None:
             return unpack(self.packed.rows(start, stop)).to(self.parameter.device)
-        return self.matrix()[start:stop].float()
+        return self.float_rows(start, stop).to(torch.float32, copy=True)  # a copy: `write` overwrites these rows
 
     def matrix(self) -> Tensor:
         return self.parameter.detach().view(self.rows, self.cols)
 
+    def float_rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the float master, in place."""
+        return (self.matrix() if self.master is None else self.master)[start:stop]
+
     def write(self, start: int, stop: int, value: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Stores fp32 rows; returns what is now stored (fp32) and where the representation changed (bool)."""
         if self.packed is None:
-            rows = self.matrix()[start:stop]
+            rows = self.float_rows(start, stop)
             new = value.to(rows.dtype)
             changed = new != rows
             rows.copy_(new)
+            if self.master is not None:
+                self.matrix()[start:stop] = new.to(self.parameter.dtype)
             return new.float(), changed
         old = self.packed.rows(start, stop)
         new_packed = self._pack(value.to(self.packed.device), old, start, stop, step)
@@ -97,17 +111,21 @@ class ParameterState:
     def _pack(self, value: Tensor, old: PackedTensor, start: int, stop: int, step: int) -> PackedTensor:
         kept = old.global_scale if old.levels == "tensor" else None
         if self.options.master == "packed":
-            rule = "ct" if old.divide else self.options.rule
-            return pack(value, rule, old.levels, global_scale=kept)
+            return pack(value, _nearest_rule(self.options.rule, old), old.levels, global_scale=kept)
         cols = old.codes.shape[1] * 2
         noise = uniform(self.options.seed, step, 2 * self.index, start, stop, cols, value.device)
         blocks = uniform(self.options.seed, step, 2 * self.index + 1, start, stop, cols // 16, value.device)
-        return update_stochastic(value, old, noise, blocks)
+        new = update_stochastic(value, old, noise, blocks)
+        # codes have no NaN, and the comparisons above would turn one into a plain 0
+        new.block_scale.view(torch.uint8).masked_fill_(~value.sum(dim=1, keepdim=True).isfinite(), E4M3_NAN)
+        return new
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(kind, tensor) for the byte report, e.g. ("state_w_codes", ...)."""
         if self.packed is not None:
             yield from ((f"state_w_{part}", t) for part, t in named_parts(self.packed))
+        if self.master is not None:
+            yield "state_w_data", self.master
         for kind, moment in (("m", self.m), ("v", self.v)):
             yield from ((f"state_{kind}_{part}", t) for part, t in moment.tensors())
 
@@ -115,7 +133,8 @@ class ParameterState:
 class ChunkedAdamW:
     """`step()` reads `.grad` of the parameters and updates them and their stored state in place.
 
-    `packed` gives the stored NVFP4 image of the linears, by name; what is not there is kept as a float.
+    `packed` gives the stored NVFP4 image of the linears, by name; a weight that is not there is kept as a float, whatever
+    `master` says. It is written in place. Raises ValueError for an unknown master or state and for chunk_rows < 1.
     `after_each` is called after each parameter (the harness synchronises and empties the allocator's cache there).
     """
 
@@ -128,6 +147,8 @@ class ChunkedAdamW:
     ):
         if options.master not in MASTERS:
             raise ValueError(f"master {options.master!r}: expected one of {', '.join(MASTERS)}")
+        if options.chunk_rows < 1:
+            raise ValueError(f"chunk_rows {options.chunk_rows}: expected at least 1")
         self.options, self.after_each, self.t = options, after_each, 0
         self.states = [ParameterState(i, name, p, packed.get(name), options) for i, (name, p) in enumerate(parameters.items())]
 
@@ -155,8 +176,8 @@ class ChunkedAdamW:
         for s in self.states:
             grad = grads.pop(s.name)
             if grad is not None:
-                self._update(s, grad.view(s.rows, s.cols), lr, health)
-                s.parameter.grad = None
+                self._update(s, grad.reshape(s.rows, s.cols), lr, health)
+                s.parameter.grad = grad = None  # gone before `after_each` returns memory
             if self.after_each is not None:
                 self.after_each()
         return health.event(self.t)
@@ -177,15 +198,30 @@ class ChunkedAdamW:
             after, changed = s.write(start, stop, new, self.t)
             s.m.write(start, stop, m.to(s.mv_device))
             s.v.write(start, stop, v.to(s.mv_device))
-            health.weights(w, new, after, changed, update)
+            health.update(update)
+            if not s.high_precision:  # floats that always move would hide packed weights that never do
+                health.weights(w, new, after, changed)
         for kind, p in (("w", s.packed), ("m", s.m.packed), ("v", s.v.packed)):
             if p is not None:
                 health.blocks(kind, p)
 
 
+def _nearest_rule(rule: str, p: PackedTensor) -> str:
+    """The rule to round to nearest with: the one asked for, where p's kind of scales has it."""
+    if p.divide:
+        return "ct"
+    if rule in ("ct", "stochastic") or (rule == "native" and p.levels != "single"):
+        return "nearest"
+    return rule
+
+
 def _changed(old: PackedTensor, new: PackedTensor) -> Tensor:
-    """bool [rows, padded cols]: the element's code or its block's scale is another."""
-    difference = old.codes ^ new.codes
-    codes = torch.stack(((difference & 15) != 0, (difference >> 4) != 0), dim=-1).flatten(1)
+    """bool [rows, padded cols]: the element's code or its block's scale is another. +0 and -0 are one code here: a zero
+    takes the sign of every update that it loses.
+    """
+    difference, size = old.codes ^ new.codes, old.codes | new.codes
+    low = (difference & 0x0F).bool() & (size & 0x07).bool()
+    high = (difference & 0xF0).bool() & (size & 0x70).bool()
+    codes = torch.stack((low, high), dim=-1).flatten(1)
     scales = old.block_scale.view(torch.uint8) != new.block_scale.view(torch.uint8)
     return codes | scales.repeat_interleave(16, dim=1)

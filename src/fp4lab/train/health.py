@@ -9,15 +9,20 @@ from fp4lab.events import StateHealth
 from fp4lab.nvfp4 import PackedTensor
 
 E4M3_TOP = 0x7E  # byte of 448
+PIECE = 1 << 20  # block scales counted at a time: bounds the scratch
 
 
 class Health:
-    """Sums over the chunks of one step; `event` turns them into shares."""
+    """Sums over the chunks of one step; `event` turns them into shares.
+
+    Shares of weights are over those that follow `master`; norms and embedding, kept as fp32, are left out.
+    """
 
     def __init__(self) -> None:
         self._blocks: dict[str, int] = defaultdict(int)
         self._zero: dict[str, Tensor | int] = defaultdict(int)
         self._saturated: dict[str, Tensor | int] = defaultdict(int)
+        self._can_saturate: dict[str, int] = defaultdict(int)
         self._weights = 0
         self._changed: Tensor | int = 0
         self._wanted: Tensor | int = 0
@@ -25,14 +30,27 @@ class Health:
         self._largest: Tensor | None = None
 
     def blocks(self, kind: str, p: PackedTensor) -> None:
-        """Counts dead and saturated blocks of state `kind` (w, m or v)."""
-        byte = p.block_scale.view(torch.uint8) & 0x7F
-        self._blocks[kind] += byte.numel()
-        self._zero[kind] = self._zero[kind] + (byte == 0).sum()
-        self._saturated[kind] = self._saturated[kind] + (byte == E4M3_TOP).sum()
+        """Counts dead and saturated blocks of state `kind` (w, m or v).
 
-    def weights(self, before: Tensor, wanted: Tensor, after: Tensor, changed: Tensor, update: Tensor) -> None:
-        """One chunk: the stored weights before and after, what they should have become, and update / lr, all fp32.
+        With a scale per row the largest block of each row has 448 by construction and nothing clips: not counted.
+        """
+        byte = p.block_scale.view(torch.uint8).flatten()
+        self._blocks[kind] += byte.numel()
+        for piece in byte.split(PIECE):
+            size = piece & 0x7F
+            self._zero[kind] = self._zero[kind] + (size == 0).sum()
+            if p.levels != "row":
+                self._saturated[kind] = self._saturated[kind] + (size == E4M3_TOP).sum()
+        if p.levels != "row":
+            self._can_saturate[kind] += byte.numel()
+
+    def update(self, update: Tensor) -> None:
+        """One chunk's update / lr, before decay and after `max_update`. NaN stays NaN."""
+        largest = update.abs().amax()
+        self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+
+    def weights(self, before: Tensor, wanted: Tensor, after: Tensor, changed: Tensor) -> None:
+        """One chunk: the stored weights before and after, and what they should have become, all fp32.
 
         `changed`: bool, the stored representation of the element is another.
         """
@@ -41,8 +59,6 @@ class Health:
         asked = wanted != before
         self._wanted = self._wanted + asked.sum()
         self._lost = self._lost + (asked & (after == before)).sum()
-        largest = update.abs().amax()
-        self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
 
     def event(self, step: int) -> StateHealth:
         """Shares over the whole step. The only place that waits for the device."""
@@ -50,7 +66,7 @@ class Health:
         return StateHealth(
             step=step,
             zero_scale={k: int(self._zero[k]) / n for k, n in self._blocks.items()},
-            saturated={k: int(self._saturated[k]) / n for k, n in self._blocks.items()},
+            saturated={k: int(self._saturated[k]) / n for k, n in self._can_saturate.items()},
             code_changed=int(self._changed) / self._weights if self._weights else None,
             update_lost=int(self._lost) / wanted if wanted else None,
             max_update_over_lr=None if self._largest is None else float(self._largest),
