@@ -110,6 +110,28 @@ def test_tensor_bytes_find_what_is_shared(compose):
     assert rows["state_m_codes"]["duplicate_mib"] == 0
 
 
+def test_incidents_can_be_switched_on_and_are_caught(compose):
+    """quirk.*: B leaves A and C; the loss without the final norm is out of range; each is said."""
+    for quirk, layer in (("scale_bytes_undecoded", 0), ("rope_theta_1e6", None)):
+        theta = [] if quirk == "scale_bytes_undecoded" else ["weights=random", "model.path=null", f"++model.config={THETA_5E6}"]
+        records = run(compose("seq_len=8", "stop_after=first_token_done", f"quirk.{quirk}=true", *theta))
+        pairs = {r["pair"]: r for r in of(records, "first_token_diff")}
+        assert pairs["A-C"]["kl"] < 1e-6 and pairs["B-C"]["max_abs_logit"] > 1e-4, quirk
+        assert layer is None or pairs["B-C"]["first_divergent_layer"] == layer
+        assert any(quirk in r["text"] for r in of(records, "note"))
+    losses = []
+    for on in ("false", "true"):
+        records = run(compose("data.path=data/samples/train-inputs.txt", f"quirk.no_final_norm={on}", "step.chunk_rows=64"))
+        losses.append(of(records, "loss")[0]["loss"])
+    assert losses[1] > 3 * losses[0]
+
+
+THETA_5E6 = (
+    "{vocab_size:4096,hidden_size:64,intermediate_size:64,num_hidden_layers:2,num_attention_heads:2,num_key_value_heads:1,"
+    "head_dim:64,rms_norm_eps:1e-6,rope_theta:5000000,tie_word_embeddings:true,max_position_embeddings:64}"
+)
+
+
 @pytest.mark.parametrize(
     "overrides, word",
     [
@@ -120,6 +142,7 @@ def test_tensor_bytes_find_what_is_shared(compose):
         (["weights=dat"], "weights.path"),
         (["weights=dat", "weights.path=models/tiny/modle.dat"], "model.dat"),
         (["backend.native_fp4=true"], "native_fp4"),
+        (["backend.native_fp4=true", "backend.activations=nvfp4", "device=cpu"], "no FP4 matrix units"),
         (["data.path=nowhere.tsv"], "nowhere.tsv"),
         (["model.path=models"], "config.json"),
     ],

@@ -1,5 +1,6 @@
 """Memory readings of real processes."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -83,8 +84,11 @@ def test_phase_meter_sees_a_peak_that_is_over():
     first = meter.read()
     if first.proc_peak_rss_mib is None:
         pytest.skip("/proc/self/clear_refs is not writable here")
-    held = b"1" * (80 * MIB)
-    del held
+    meter.read()
+    held = mmap.mmap(-1, 80 * MIB)  # a mapping of its own: no allocator keeps it, or had it before
+    for _ in range(80):
+        held.write(b"1" * MIB)
+    held.close()
     second, third = meter.read(), meter.read()
     assert second.proc_peak_rss_mib > second.proc_rss_mib + 60
     assert third.proc_peak_rss_mib < second.proc_peak_rss_mib - 60  # the peak belongs to its phase

@@ -7,19 +7,29 @@ C.noste_graph  block graph over the packed linears of A
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fp4lab.model.bridge import Bridge
 from fp4lab.model.config import EMBEDDING, HEAD
+from fp4lab.model.layers import Rope
 from fp4lab.model.linears import DenseLinear, PackedLinear, SteLinear
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.model.store import WeightStore
-from fp4lab.nvfp4 import unpack
+from fp4lab.nvfp4 import BLOCK, PackedTensor, unpack
 
 PATHS = {"bridge": "A.infer", "fp2": "B.fp2_ste", "noste": "C.noste_graph", "dense": "R.dense"}
 TRAINABLE = ("dense", "fp2")
+
+
+@dataclass(frozen=True)
+class Quirks:
+    """Incidents of the reference log that change what B computes; see `quirk` in config.py."""
+
+    scale_bytes_undecoded: bool = False
+    rope_theta_1e6: bool = False
 
 
 def _frozen(store: WeightStore) -> dict[str, nn.Parameter]:
@@ -68,14 +78,28 @@ def fp2_model(
     master_dtype: torch.dtype,
     activations: str = "none",
     eval_cache: bool = False,
+    quirks: Quirks | None = None,
 ) -> Qwen3:
     """B: float masters of its own, the store's codes in the forward."""
     masters = _masters(store, master_dtype)
+    quirks = quirks or Quirks()
 
     def make(name: str) -> nn.Module:
+        if quirks.scale_bytes_undecoded:
+            return DenseLinear(nn.Parameter(_undecoded(store.packed[name]).to(master_dtype)))
         return SteLinear(masters[name], store.packed[name], activations, eval_cache)
 
-    return Qwen3(store.config, make, masters, dtype)
+    model = Qwen3(store.config, make, masters, dtype)
+    if quirks.rope_theta_1e6:
+        model.rope = Rope(store.config.head_dim, 1e6, store.device)
+    return model
+
+
+def _undecoded(p: PackedTensor) -> Tensor:
+    """Codes times the E4M3 byte read as an integer: hundreds of times too large (reference section 2.5)."""
+    ones = torch.full_like(p.block_scale.view(torch.uint8), 0x38).view(torch.float8_e4m3fn)  # 0x38 is 1.0
+    units = unpack(PackedTensor(p.codes, ones, None, p.shape))
+    return units * p.block_scale.view(torch.uint8).float().repeat_interleave(BLOCK, dim=1)
 
 
 def ste_linears(model: Qwen3) -> Iterator[tuple[str, SteLinear]]:

@@ -103,9 +103,12 @@ class Qwen3(nn.Module):
         self.lm_head = make_linear("lm_head.weight")
         self.rope = Rope(config.head_dim, config.rope_theta, raw[FINAL_NORM].device)
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None, trace: list[Tensor] | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, cache: KVCache | None = None, trace: list[Tensor] | None = None, final_norm: bool = True
+    ) -> Tensor:
         """ids [B, T] int64 -> hidden states after the final norm [B, T, H] in the compute dtype.
 
+        `final_norm=False` leaves it out (quirk.no_final_norm).
         `trace` receives the hidden states after each block, before the final norm.
         """
         x = self.model.embed_tokens(ids).to(self.dtype)
@@ -116,7 +119,7 @@ class Qwen3(nn.Module):
                 trace.append(x)
         if cache is not None:
             cache.advance(ids.shape[1])
-        return self.model.norm(x)
+        return self.model.norm(x) if final_norm else x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., H] -> logits [..., V], fp32."""

@@ -14,10 +14,10 @@ from fp4lab.errors import UserError
 from fp4lab.events import Emit, File, Note
 from fp4lab.model.bridge import Bridge
 from fp4lab.model.config import Qwen3Config
-from fp4lab.model.paths import bridge_model, dense_model, fp2_model, noste_model, ste_linears
+from fp4lab.model.paths import Quirks, bridge_model, dense_model, fp2_model, noste_model, ste_linears
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.model.store import WeightStore, build_store, random_weights
-from fp4lab.nvfp4 import PackedTensor, pack, repack_like
+from fp4lab.nvfp4 import PackedTensor, native_available, pack, repack_like
 
 SHIPPED = Path("models/tiny")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,6 +47,11 @@ class Session:
     @property
     def native(self) -> bool:
         return self.config["backend"]["native_fp4"]
+
+    @property
+    def quirks(self) -> Quirks:
+        q = self.config["quirk"]
+        return Quirks(q["scale_bytes_undecoded"], q["rope_theta_1e6"])
 
     def dispose(self) -> None:
         """Closes the checkpoint: what was mapped to load the model is let go."""
@@ -168,6 +173,14 @@ def _tokenizer(folder: Path | None, shape: Qwen3Config, name: str, emit: Emit) -
 
 
 def _model(s: Session, emit: Emit) -> Qwen3 | Bridge:
+    if s.native and not native_available(s.device):
+        raise UserError(
+            f"backend.native_fp4=true: {s.device.type} has no FP4 matrix units (sm_100 and later do); leave it false, "
+            "and W4A4 is emulated"
+        )
+    quirks = [name for name, on in s.config["quirk"].items() if on]
+    if quirks:
+        emit(Note(topic="quirk", text=f"incidents switched on: {', '.join(quirks)}"))
     if s.activations == "nvfp4" and not s.native:
         emit(
             Note(
@@ -187,7 +200,7 @@ def _model(s: Session, emit: Emit) -> Qwen3 | Bridge:
         if s.store.dense is None:
             emit(Note(topic="backend", text="backend=dense: the checkpoint is packed; its dequantised weights are used."))
         return dense_model(s.store, s.dtype, master_dtype)
-    return fp2_model(s.store, s.dtype, master_dtype, s.activations, s.config["backend"]["eval_cache"])
+    return fp2_model(s.store, s.dtype, master_dtype, s.activations, s.config["backend"]["eval_cache"], s.quirks)
 
 
 def _report(emit: Emit, info: FileInfo) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fp4lab.config import idle_choices
 from fp4lab.errors import Diverged, UserError
-from fp4lab.events import Emit, Loss, Note, StateHealth, TensorBytes
+from fp4lab.events import Emit, Loss, Note, Progress, StateHealth, TensorBytes
 from fp4lab.model.config import HEAD
 from fp4lab.model.paths import TRAINABLE
 from fp4lab.model.qwen3 import Qwen3
@@ -37,7 +37,7 @@ def run(config: dict, emit: Emit) -> None:
     phases.done("post_load_compacted")
     probe(session, config["prompt"], "before", emit)
     phases.done("first_token_done")
-    optimizer = make_optimizer(session) if session.backend in TRAINABLE else None
+    optimizer = make_optimizer(session, emit) if session.backend in TRAINABLE else None
     for row in byte_report(session, optimizer):
         emit(row)
     phases.done("state_initialized")
@@ -110,7 +110,9 @@ def _evaluate(session: Session, samples: list[Batch], phases: Phases, emit: Emit
 
 
 def _loss(session: Session, batch: Batch) -> Tensor:
-    hidden = session.model.hidden(batch.ids.to(session.device))
+    assert isinstance(session.model, Qwen3)
+    final_norm = not session.config["quirk"]["no_final_norm"]
+    hidden = session.model.hidden(batch.ids.to(session.device), final_norm=final_norm)
     return LOSSES[session.config["loss"]](session.model, hidden, batch.targets.to(session.device))
 
 
@@ -150,7 +152,7 @@ class DenseAdamW:
         return StateHealth(step=int(next(iter(self._adamw.state.values()))["step"]))
 
 
-def make_optimizer(session: Session) -> DenseAdamW | ChunkedAdamW:
+def make_optimizer(session: Session, emit: Emit) -> DenseAdamW | ChunkedAdamW:
     """The optimizer that `step` names, over the model's trainable parameters.
 
     Asserts that what is trained, what is optimised and what would be exported are the same names.
@@ -171,19 +173,22 @@ def make_optimizer(session: Session) -> DenseAdamW | ChunkedAdamW:
         optimizer: DenseAdamW | ChunkedAdamW = DenseAdamW(parameters, options)
     else:
         packed = session.store.packed if session.backend == "fp2" else {}
-        optimizer = ChunkedAdamW(parameters, packed, options, _flush(session) if c["flush_each_param"] else None)
+        optimizer = ChunkedAdamW(parameters, packed, options, _after_each(session, emit, c["flush_each_param"]))
     exported = {*session.store.raw, *session.store.packed} - ({HEAD} if session.store.tied else set())
     assert set(parameters) == set(optimizer.names()) == exported, "trained, optimised and exported tensors differ"
     return optimizer
 
 
-def _flush(session: Session) -> Callable[[], None]:
-    def flush() -> None:
-        if session.device.type == "cuda":
+def _after_each(session: Session, emit: Emit, flush: bool) -> Callable[[int, int], None]:
+    """What happens between two parameters: a word to the progress bar, and the flush that was asked for."""
+
+    def after(done: int, total: int) -> None:
+        emit(Progress(what="optimizer step", done=done, total=total))
+        if flush and session.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
-    return flush
+    return after
 
 
 def _refuse_offload_on_unified_memory(device: torch.device) -> None:

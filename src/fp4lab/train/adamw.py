@@ -135,7 +135,7 @@ class ChunkedAdamW:
 
     `packed` gives the stored NVFP4 image of the linears, by name; a weight that is not there is kept as a float, whatever
     `master` says. It is written in place. Raises ValueError for an unknown master or state and for chunk_rows < 1.
-    `after_each` is called after each parameter (the harness synchronises and empties the allocator's cache there).
+    `after_each(done, total)` is called after each parameter.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ChunkedAdamW:
         parameters: dict[str, nn.Parameter],
         packed: dict[str, PackedTensor],
         options: AdamWOptions,
-        after_each: Callable[[], None] | None = None,
+        after_each: Callable[[int, int], None] | None = None,
     ):
         if options.master not in MASTERS:
             raise ValueError(f"master {options.master!r}: expected one of {', '.join(MASTERS)}")
@@ -173,13 +173,13 @@ class ChunkedAdamW:
             for s in self.states:
                 s.parameter.grad, grad = None, grads[s.name]
                 grads[s.name] = None if grad is None else grad.to("cpu")
-        for s in self.states:
+        for done, s in enumerate(self.states, start=1):
             grad = grads.pop(s.name)
             if grad is not None:
                 self._update(s, grad.reshape(s.rows, s.cols), lr, health)
                 s.parameter.grad = grad = None  # gone before `after_each` returns memory
             if self.after_each is not None:
-                self.after_each()
+                self.after_each(done, len(self.states))
         return health.event(self.t)
 
     def _update(self, s: ParameterState, grad: Tensor, lr: float, health: Health) -> None:

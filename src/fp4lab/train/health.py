@@ -9,7 +9,7 @@ from fp4lab.events import StateHealth
 from fp4lab.nvfp4 import PackedTensor
 
 E4M3_TOP = 0x7E  # byte of 448
-PIECE = 1 << 20  # block scales counted at a time: bounds the scratch
+PIECE = 1 << 18  # block scales counted at a time: bounds the scratch
 
 
 class Health:
@@ -38,9 +38,9 @@ class Health:
         self._blocks[kind] += byte.numel()
         for piece in byte.split(PIECE):
             size = piece & 0x7F
-            self._zero[kind] = self._zero[kind] + (size == 0).sum()
+            self._zero[kind] = self._zero[kind] + size.numel() - size.count_nonzero()
             if p.levels != "row":
-                self._saturated[kind] = self._saturated[kind] + (size == E4M3_TOP).sum()
+                self._saturated[kind] = self._saturated[kind] + (size == E4M3_TOP).count_nonzero()
         if p.levels != "row":
             self._can_saturate[kind] += byte.numel()
 
@@ -55,10 +55,10 @@ class Health:
         `changed`: bool, the stored representation of the element is another.
         """
         self._weights += before.numel()
-        self._changed = self._changed + changed.sum()
+        self._changed = self._changed + changed.count_nonzero()
         asked = wanted != before
-        self._wanted = self._wanted + asked.sum()
-        self._lost = self._lost + (asked & (after == before)).sum()
+        self._wanted = self._wanted + asked.count_nonzero()
+        self._lost = self._lost + (asked & (after == before)).count_nonzero()
 
     def event(self, step: int) -> StateHealth:
         """Shares over the whole step. The only place that waits for the device."""
