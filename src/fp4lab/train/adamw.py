@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fp4lab.events import StateHealth
-from fp4lab.nvfp4 import PackedTensor, pack, unpack, update_stochastic
+from fp4lab.nvfp4 import BLOCK, PackedTensor, pack, unpack, update_stochastic
 from fp4lab.nvfp4.packed import matrix_shape
 from fp4lab.train.health import Health
 from fp4lab.train.noise import uniform
@@ -90,23 +90,23 @@ class ParameterState:
         """Rows of the float master, in place."""
         return (self.matrix() if self.master is None else self.master)[start:stop]
 
-    def write(self, start: int, stop: int, value: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """Stores fp32 rows; returns what is now stored (fp32) and where the representation changed (bool)."""
+    def write(self, start: int, stop: int, value: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """Stores fp32 rows; returns what is now stored (fp32) and, of packed ones, whose block scale changed (bool)."""
         if self.packed is None:
             rows = self.float_rows(start, stop)
             new = value.to(rows.dtype)
-            changed = new != rows
             rows.copy_(new)
             if self.master is not None:
                 self.matrix()[start:stop] = new.to(self.parameter.dtype)
-            return new.float(), changed
+            return new.float(), None
         old = self.packed.rows(start, stop)
         new_packed = self._pack(value.to(self.packed.device), old, start, stop, step)
-        changed = _changed(old, new_packed)[:, : self.cols].to(self.parameter.device)
+        rescaled = old.block_scale.view(torch.uint8) != new_packed.block_scale.view(torch.uint8)
+        rescaled = rescaled.repeat_interleave(BLOCK, dim=1)[:, : self.cols].to(self.parameter.device)
         write_rows(self.packed, start, stop, new_packed)
         stored = unpack(new_packed).to(self.parameter.device)
         self.matrix()[start:stop] = stored.to(self.parameter.dtype)
-        return stored, changed
+        return stored, rescaled
 
     def _pack(self, value: Tensor, old: PackedTensor, start: int, stop: int, step: int) -> PackedTensor:
         kept = old.global_scale if old.levels == "tensor" else None
@@ -195,12 +195,12 @@ class ChunkedAdamW:
             if o.max_update is not None:
                 update.clamp_(-o.max_update, o.max_update)
             new = w * (1 - lr * o.weight_decay) - lr * update
-            after, changed = s.write(start, stop, new, self.t)
+            after, rescaled = s.write(start, stop, new, self.t)
             s.m.write(start, stop, m.to(s.mv_device))
             s.v.write(start, stop, v.to(s.mv_device))
             health.update(update)
             if not s.high_precision:  # floats that always move would hide packed weights that never do
-                health.weights(w, new, after, changed)
+                health.weights(w, new, after, rescaled)
         for kind, p in (("w", s.packed), ("m", s.m.packed), ("v", s.v.packed)):
             if p is not None:
                 health.blocks(kind, p)
@@ -213,15 +213,3 @@ def _nearest_rule(rule: str, p: PackedTensor) -> str:
     if rule in ("ct", "stochastic") or (rule == "native" and p.levels != "single"):
         return "nearest"
     return rule
-
-
-def _changed(old: PackedTensor, new: PackedTensor) -> Tensor:
-    """bool [rows, padded cols]: the element's code or its block's scale is another. +0 and -0 are one code here: a zero
-    takes the sign of every update that it loses.
-    """
-    difference, size = old.codes ^ new.codes, old.codes | new.codes
-    low = (difference & 0x0F).bool() & (size & 0x07).bool()
-    high = (difference & 0xF0).bool() & (size & 0x70).bool()
-    codes = torch.stack((low, high), dim=-1).flatten(1)
-    scales = old.block_scale.view(torch.uint8) != new.block_scale.view(torch.uint8)
-    return codes | scales.repeat_interleave(16, dim=1)

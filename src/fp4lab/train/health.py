@@ -49,12 +49,14 @@ class Health:
         largest = update.abs().amax()
         self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
 
-    def weights(self, before: Tensor, wanted: Tensor, after: Tensor, changed: Tensor) -> None:
+    def weights(self, before: Tensor, wanted: Tensor, after: Tensor, rescaled: Tensor | None) -> None:
         """One chunk: the stored weights before and after, and what they should have become, all fp32.
 
-        `changed`: bool, the stored representation of the element is another.
+        `rescaled`: bool, the element's block has another scale. Under the same scale another code is another value, but
+        for +0 and -0, which count as one: a zero takes the sign of every update that it loses.
         """
         self._weights += before.numel()
+        changed = after != before if rescaled is None else (after != before) | rescaled
         self._changed = self._changed + changed.count_nonzero()
         asked = wanted != before
         self._wanted = self._wanted + asked.count_nonzero()
