@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
+
+ROOT = Path(__file__).parent.parent
 
 QUIET = ["tracker=off", "threads=1"]
 

@@ -1,8 +1,9 @@
 """The README's tree is the repository's, and what it points to exists. (Who may import whom: test_layers.py.)"""
 
 import re
+from pathlib import Path
 
-from conftest import ROOT
+ROOT = Path(__file__).parent.parent
 
 PACKAGE = ROOT / "src/fp4lab"
 

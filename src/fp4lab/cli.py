@@ -1,6 +1,8 @@
 """`fp4lab`: look at runs and checkpoints. What runs them is run.py."""
 
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -67,6 +69,65 @@ def _inspect_dat(path: Path) -> None:
         kind = f"{e.elem_type} {str(e.dtype).removeprefix('torch.')}" if e.elem_type != 100 else "100 fp4 pairs"
         typer.echo(f"{e.number:>5}  {kind:<18} {list(e.dims)!s:<18} {e.nbytes:>13,}  {e.key}")
     typer.echo(f"{len(entries)} entries, {sum(e.nbytes for e in entries):,} bytes of tensors")
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def guard(
+    command: Annotated[list[str], typer.Argument(help="after --, the command and its arguments")],
+    limit_gb: Annotated[float | None, typer.Option(help="memory of its process tree, GB of 1024 MiB")] = None,
+    over_s: Annotated[float, typer.Option(help="how long it may be over the limit; 0 = not at all")] = 0.0,
+    poll_s: Annotated[float, typer.Option(help="seconds between two looks near the limit, from 0.005")] = 0.5,
+    host_available_min_gb: Annotated[float | None, typer.Option(help="end it when the machine has less available")] = None,
+    wall_s: Annotated[float | None, typer.Option(help="longest run time")] = None,
+    term_grace_s: Annotated[float, typer.Option(help="seconds between SIGTERM and SIGKILL")] = 5.0,
+    blind: Annotated[str, typer.Option(help="memory cannot be read for 15 s: warn or refuse")] = "warn",
+    out: Annotated[Path | None, typer.Option(help="folder of the records; default outputs/guard_<time>")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing of the guard's own")] = False,
+) -> None:
+    """Any command under the guard: fp4lab guard --limit-gb 108 -- python train.py"""
+    from fp4lab.config import check_guard
+    from fp4lab.supervise.command import guard_command
+
+    limits = {
+        "name": "command",
+        "limit_gb": limit_gb,
+        "over_s": over_s,
+        "poll_s": poll_s,
+        "sample_s": 1.0,
+        "host_available_min_gb": host_available_min_gb,
+        "wall_s": wall_s,
+        "phase_wall_s": None,
+        "term_grace_s": term_grace_s,
+        "blind": blind,
+    }
+    check_guard(limits, option=lambda key: "--" + key.removeprefix("guard.").replace("_", "-"))
+    out = out or Path("outputs") / (time.strftime("guard_%Y-%m-%d_%H-%M-%S_") + str(os.getpid()))
+    raise typer.Exit(guard_command(command, limits, out, quiet))
+
+
+@app.command()
+def doctor(
+    end_stale: Annotated[bool, typer.Option("--end-stale", help="kill what dead supervisors left running")] = False,
+) -> None:
+    """What would make a run fail here: devices, other processes, memory, disk, versions. Exit code 1 if something would."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from fp4lab.config import GuardConfig
+    from fp4lab.supervise import doctor as checks
+
+    if end_stale:
+        ended = checks.end_stale()
+        typer.echo(f"ended: {', '.join(map(str, ended))}" if ended else "nothing to end")
+    console = Console(highlight=False, soft_wrap=True)
+    worst = 0
+    for f in checks.examine(asdict(GuardConfig()), Path("outputs")):
+        style = {"ok": "green", "warn": "yellow", "fail": "red"}[f.level]
+        console.print(f"[{style}]{f.level:<5}[/]{f.topic:<10}", end="")
+        console.print(f.text, markup=False)
+        worst = max(worst, f.level == "fail")
+    raise typer.Exit(worst)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ Choices are enums (OmegaConf has no Literal). The worker gets the same thing as 
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -47,6 +48,7 @@ Order = Enum("Order", ["random", "sequential"])
 Style = Enum("Style", ["official", "training"])
 Rule = Enum("Rule", ["ct", "torchao", "native", "nearest", "stochastic"])
 Levels = Enum("Levels", ["single", "tensor", "row"])
+Blind = Enum("Blind", ["warn", "refuse"])
 Schedule = Enum("Schedule", ["constant", "cosine"])
 
 
@@ -143,10 +145,13 @@ class GuardConfig:
     name: str = "host"
     limit_gb: float | None = None  # GB of 1024 MiB, of the worker's process tree
     over_s: float = 0.0  # how long a breach may last; 0 = none
-    poll_s: float = 0.1
+    poll_s: float = 0.1  # between two looks near a limit; far from all limits up to 1 s
     sample_s: float = 1.0  # a memory sample is recorded this often
+    host_available_min_gb: float | None = None  # end the run when the machine has less than this available
     wall_s: float | None = None  # the whole run
+    phase_wall_s: float | None = None  # the longest time without a phase, loss, turn or other sign of progress
     term_grace_s: float = 5.0  # between SIGTERM and SIGKILL
+    blind: Blind = Blind.warn  # what to do when memory cannot be read for 15 s: warn, or refuse to go on
 
 
 @dataclass
@@ -238,7 +243,9 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "guard.over_s": (0, True),
     "guard.poll_s": (0.005, True),
     "guard.sample_s": (0, True),
+    "guard.host_available_min_gb": (0, True),
     "guard.wall_s": (0, False),
+    "guard.phase_wall_s": (0, False),
     "guard.term_grace_s": (0, True),
     "task.batch_size": (1, True),
     "task.warmup_steps": (0, True),
@@ -250,12 +257,11 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
 
 def check(config: dict[str, Any]) -> None:
     """What types cannot say. Raises UserError naming the option, its value and what is expected."""
-    for key, (least, equal) in _BOUNDS.items():
+    for key in _BOUNDS:
         value: Any = config
         for part in key.split("."):
             value = value[part]
-        if value is not None and not (value >= least if equal else value > least):
-            raise UserError(f"{key}={value}: expected a number {'of at least' if equal else 'greater than'} {least:g}")
+        _bound(key, value)
     for key in ("beta1", "beta2"):
         if config["step"][key] >= 1:
             raise UserError(f"step.{key}={config['step'][key]}: expected less than 1")
@@ -270,6 +276,22 @@ def check(config: dict[str, Any]) -> None:
         )
     if config["backend"]["native_fp4"] and config["backend"]["activations"] != "nvfp4":
         raise UserError("backend.native_fp4=true multiplies FP4 by FP4: it needs backend.activations=nvfp4")
+
+
+def check_guard(guard: dict[str, Any], option: Callable[[str], str]) -> None:
+    """`check` for the guard's limits alone, which `option` renames for the message. Raises UserError."""
+    for key in _BOUNDS:
+        group, _, name = key.partition(".")
+        if group == "guard":
+            _bound(key, guard[name], option(key))
+    if guard["blind"] not in Blind.__members__:
+        raise UserError(f"{option('guard.blind')}={guard['blind']}: expected {' or '.join(Blind.__members__)}")
+
+
+def _bound(key: str, value: float | None, shown: str | None = None) -> None:
+    least, equal = _BOUNDS[key]
+    if value is not None and not (value >= least if equal else value > least):
+        raise UserError(f"{shown or key}={value}: expected a number {'of at least' if equal else 'greater than'} {least:g}")
 
 
 # top-level group or key prefix -> (condition under which it has no effect, why)

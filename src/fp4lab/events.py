@@ -48,6 +48,11 @@ class Memory:
     proc_rss_mib: float | None = None
     proc_peak_rss_mib: float | None = None  # peak resident set since the previous phase
     mem_available_mib: float | None = None
+    proc_pss_mib: float | None = None
+    mem_total_mib: float | None = None
+    cgroup_mib: float | None = None
+    cgroup_max_mib: float | None = None
+    unified: bool | None = None
     source: str = "unknown"
 
 

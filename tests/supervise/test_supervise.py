@@ -1,104 +1,18 @@
 """supervise(): every way a worker can end, with real processes."""
 
-import functools
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
 
-import psutil
 import pytest
+from toys import events, gone_within, of, settings, text_of
 
 from fp4lab.config import fingerprint
-from fp4lab.events import STATUSES, decode
 from fp4lab.supervise import client
+from fp4lab.supervise.ledger import write_atomic
 from fp4lab.supervise.resume import finished
-from fp4lab.supervise.run import refused, supervise, write_atomic
+from fp4lab.supervise.run import refused, supervise
 from fp4lab.tracking.jsonl import JsonlTracker
-
-HERE = str(Path(__file__).parent)
-GUARD = {"name": "t", "limit_gb": None, "over_s": 0.0, "poll_s": 0.02, "sample_s": 60.0, "wall_s": None, "term_grace_s": 5.0}
-SUPERVISOR = """
-import functools, json, signal, sys
-from pathlib import Path
-from fp4lab.supervise import client, run
-from fp4lab.tracking.jsonl import JsonlTracker
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
-client.WorkerServer = functools.partial(client.WorkerServer, modules=("toy_worker",))
-config, out = json.loads(sys.argv[1]), Path(sys.argv[2])
-trackers = [JsonlTracker(out / "events.jsonl")]
-run.supervise(config, out, overrides=[], choices={}, trackers=trackers, entry="toy_worker:main")
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def toy_server():
-    """The real `client.server()`, but its servers preload the toy instead of torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", HERE, prepend=os.pathsep)
-        patch.setattr(client, "WorkerServer", functools.partial(client.WorkerServer, modules=("toy_worker",)))
-        patch.setattr(client, "_server", None)
-        yield
-        client.server().close()
-
-
-def settings(toy: str, **guard) -> dict:
-    return {"task": {"name": "step"}, "guard": {**GUARD, **guard}, "toy": toy}
-
-
-@pytest.fixture
-def go(tmp_path):
-    """go("good", wall_s=1) -> (result, records); extra trackers come before the file."""
-
-    def start(toy: str, trackers=(), **guard):
-        files = JsonlTracker(tmp_path / "events.jsonl")
-        config = settings(toy, **guard)
-        result = supervise(
-            config,
-            tmp_path,
-            overrides=["seq_len=8"],
-            choices={"step": "dense"},
-            trackers=[*trackers, files],
-            entry="toy_worker:main",
-        )
-        assert result["status"] in STATUSES
-        return result, events(tmp_path)
-
-    return start
-
-
-def events(folder: Path) -> list[dict]:
-    return [decode(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-
-
-def of(records: list[dict], kind: str) -> list[dict]:
-    return [r for r in records if r["kind"] == kind]
-
-
-def text_of(records: list[dict], topic: str) -> str:
-    return next(r["text"] for r in records if r["kind"] == "note" and r["topic"] == topic)
-
-
-def running(pid: int) -> bool:
-    """Alive, not a zombie that nobody has collected."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def gone_within(seconds: float, *pids: int) -> bool:
-    deadline = time.monotonic() + seconds
-    while any(map(running, pids)):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def test_a_run_completes(go, tmp_path):
@@ -203,58 +117,6 @@ def test_an_exit_code_without_a_word(go):
     assert "code 7" in result["reason"] and "about to leave" in result["reason"]
 
 
-@pytest.mark.parametrize("toy", ["bomb", "child_bomb"])
-def test_guard_ends_a_memory_bomb(go, toy):
-    result, records = go(toy, limit_gb=0.125)
-    assert result["status"] == "guard_killed"
-    (guard,) = of(records, "guard")
-    assert guard["verdict"] == "breach" and guard["limit_mib"] == 128
-    assert 128 < guard["reading_mib"] < 500
-    assert guard["reason"] == result["reason"]
-    assert result["seconds"] < 5
-    assert result["peaks"]["proc_rss_mib"] >= guard["reading_mib"]
-
-
-def test_guard_waits_over_s(go):
-    result, records = go("bomb", limit_gb=0.1, over_s=0.4)
-    assert result["status"] == "guard_killed"
-    (guard,) = of(records, "guard")
-    assert guard["over_s"] == 0.4
-    assert guard["reading_mib"] > 102.4 + 60  # it kept growing meanwhile
-
-
-def test_guard_reports_the_period_it_achieved(go):
-    _, records = go("slow", poll_s=0.005, wall_s=0.3, trackers=[Sluggish()], sample_s=0.0)
-    (guard,) = of(records, "guard")
-    assert guard["period_s"] > 0.03  # not the 0.005 that were asked for
-
-
-class Sluggish:
-    """Takes 50 ms a sample, so the loop cannot keep guard.poll_s."""
-
-    def record(self, record):
-        if record["kind"] == "sample":
-            time.sleep(0.05)
-
-    def close(self, end): ...
-
-
-def test_wall_time(go):
-    result, records = go("sleep", wall_s=0.3)
-    assert (result["status"], result["signal"]) == ("timeout", None)  # SIGTERM was enough
-    assert "guard.wall_s is 0.3" in result["reason"]
-    assert len(of(records, "guard")) == 1
-    assert 0.3 < result["seconds"] < 3
-    assert not running(int(text_of(records, "pids").split()[0]))
-
-
-def test_a_worker_deaf_to_sigterm_is_killed(go):
-    result, records = go("stubborn", wall_s=0.2, term_grace_s=0.4)
-    assert (result["status"], result["signal"]) == ("timeout", "SIGKILL")
-    assert 0.6 < result["seconds"] < 3
-    assert not running(int(text_of(records, "pids").split()[0]))
-
-
 def test_a_child_left_behind_is_ended(go):
     result, records = go("leaves_child")
     assert result["status"] == "completed"
@@ -352,33 +214,6 @@ def test_a_tracker_that_fails_at_the_end(tmp_path, when, first):
     assert result["status"] == "completed"
     assert result["notes"] == ["Bad failed and is left out: OSError: disk full"]
     assert events(tmp_path)[-1]["kind"] == "end"
-
-
-@pytest.fixture
-def supervisor(tmp_path):
-    """supervisor("sleep") -> (process, worker pid, server pid) of a supervisor in a process of its own."""
-    started = []
-
-    def start(toy: str, **guard):
-        arguments = [json.dumps(settings(toy, **guard)), str(tmp_path)]
-        process = subprocess.Popen([sys.executable, "-c", SUPERVISOR, *arguments], stderr=subprocess.DEVNULL)
-        started.append(process)
-        deadline = time.monotonic() + 15
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline, "the supervisor did not come up"
-            path = tmp_path / "events.jsonl"
-            if path.exists() and '"pids"' in path.read_text() and (tmp_path / "worker.pid").exists():
-                worker, server = map(int, text_of(events(tmp_path), "pids").split())
-                assert worker == int((tmp_path / "worker.pid").read_text())
-                assert running(worker) and running(server)
-                return process, worker, server
-            time.sleep(0.02)
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
 def test_a_killed_supervisor_takes_worker_and_server_along(supervisor, tmp_path):

@@ -120,6 +120,88 @@ def child_bomb(emit: Emit) -> None:
     subprocess.run([sys.executable, "-c", code], check=False)
 
 
+def one_allocation(emit: Emit) -> None:
+    x = b"\x01" * (300 * MIB)
+    time.sleep(60)
+    del x
+
+
+def leak(emit: Emit) -> None:
+    held = []
+    while True:
+        held.append(b"\x01" * MIB)
+        time.sleep(0.002)
+
+
+def fork_tree(emit: Emit) -> None:
+    """Six grandchildren hold 40 MiB each; the worker and its children nothing."""
+    for _ in range(2):
+        if os.fork() == 0:
+            for _ in range(3):
+                if os.fork() == 0:
+                    x = b"\x01" * (40 * MIB)
+                    time.sleep(60 + len(x) % 2)
+                    os._exit(0)
+            time.sleep(60)
+            os._exit(0)
+    time.sleep(60)
+
+
+def shared(emit: Emit) -> None:
+    """Ten children that share 60 MiB with the worker and hold nothing of their own."""
+    x = b"\x01" * (60 * MIB)
+    for _ in range(10):
+        if os.fork() == 0:
+            time.sleep(0.5)
+            os._exit(0)
+    time.sleep(0.4 + len(x) % 2)
+
+
+def dies_at_once(emit: Emit) -> None:
+    os._exit(0)
+
+
+def daemon(emit: Emit) -> None:
+    """Leaves a process in a session of its own whose parent is gone: neither a child nor of the worker's group."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.write(write, str(os.getpid()).encode())
+        time.sleep(60)
+        os._exit(0)
+    emit(Note(topic="child", text=os.read(read, 20).decode()))
+    time.sleep(0.2)
+
+
+def daemon_bomb(emit: Emit) -> None:
+    """The same, and that process takes the memory."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            x = b"\x01" * (200 * MIB)
+            time.sleep(60 + len(x) % 2)
+        os._exit(0)
+    os.wait()
+    time.sleep(60)
+
+
+def grows_after_term(emit: Emit) -> None:
+    """Answers SIGTERM by taking more memory."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    leak(emit)
+
+
+def chatters(emit: Emit) -> None:
+    """Shows progress for a second, then stalls."""
+    for i in range(10):
+        emit(Loss(step=i, loss=1.0))
+        time.sleep(0.1)
+    emit(Phase(name="forward_done", ms=1.0))
+    time.sleep(60)
+
+
 def leaves_child(emit: Emit) -> None:
     child = subprocess.Popen(["sleep", "1000"])
     emit(Note(topic="child", text=str(child.pid)))

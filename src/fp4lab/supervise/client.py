@@ -26,7 +26,7 @@ class Exit:
 
     code: int | None  # exit code, None if a signal ended it
     signal: str | None
-    max_rss_mib: float
+    max_rss_mib: float | None
 
 
 class WorkerServer:
@@ -58,15 +58,29 @@ class WorkerServer:
 
     def spawn(self, entry: str, config: dict[str, Any], event_fd: int, log_fd: int) -> int:
         """Forks a worker and returns its pid. Waits for the imports if they are not done. Raises ServerDied."""
-        data = json.dumps({"entry": entry, "config": config}).encode()
+        return self._fork({"entry": entry, "config": config}, [event_fd, log_fd])
+
+    def spawn_command(self, argv: list[str], stdio: tuple[int, int, int] = (0, 1, 2)) -> int:
+        """Starts any command with these three descriptors, in the server's folder and environment; returns its pid."""
+        return self._fork({"argv": argv}, list(stdio))
+
+    def _fork(self, request: dict[str, Any], fds: list[int]) -> int:
+        data = json.dumps(request).encode()
         try:
-            socket.send_fds(self._sock, [len(data).to_bytes(4, "little")], [event_fd, log_fd])
+            socket.send_fds(self._sock, [len(data).to_bytes(4, "little")], fds)
             self._sock.sendall(data)
             while not self._forked:
                 self.listen()
         except OSError as e:
             raise self._died() from e
+        except KeyboardInterrupt:  # a worker may exist whose pid we shall never hear: it goes with its server
+            self.close()
+            raise
         return self._forked.pop()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def listen(self) -> None:
         """Takes in what the server said; blocks if it said nothing. Raises ServerDied."""

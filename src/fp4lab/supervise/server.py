@@ -3,9 +3,13 @@
 `python -m fp4lab.supervise.server FD MODULE...` is started by `client.WorkerServer` and is no command for people. It
 stays single-threaded, starts no CUDA context and runs no parallel torch operation, so that forking it is safe.
 
-Requests come over an AF_UNIX socket as one JSON line with two file descriptors (the event pipe, the log file); answers
-go back as JSON lines: {"ready": pid}, {"forked": pid}, {"exited": pid, "status": waitstatus, "max_rss_mib": ...}.
-The server dies with its supervisor, and every worker with the server.
+A request is its length (4 bytes, little-endian, with the file descriptors) and then JSON: {"entry", "config"} with the
+event pipe and the log file, or {"argv"} with standard input, output and error, for a command of any kind. Answers are
+JSON lines: {"ready": pid}, {"forked": pid}, {"exited": pid, "status": waitstatus,
+"max_rss_mib": ...}.
+
+Nothing outlives a run: the server is the subreaper of all it started, so what a worker leaves behind, daemons included,
+becomes the server's child and is killed when the worker ends or the supervisor is gone.
 """
 
 import contextlib
@@ -25,16 +29,10 @@ from typing import Any
 from fp4lab import events
 from fp4lab.errors import Collapsed, Diverged, PlannedStop, UserError
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_SWEEP_S = 5.0
+_OOM_SCORE = 500  # the kernel's OOM killer should take a worker before a supervisor or a desktop
 _STATUS_OF = {PlannedStop: "stopped", UserError: "failed", Collapsed: "collapsed", Diverged: "diverged"}
-
-
-def die_with(parent: int) -> None:
-    """SIGKILL for this process when its parent dies (Linux). Ends at once if the parent is gone already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 class Terminated(Exception):
@@ -43,49 +41,102 @@ class Terminated(Exception):
 
 def main() -> None:
     fd, modules = int(sys.argv[1]), sys.argv[2:]
-    die_with(int(os.environ.pop("FP4LAB_SUPERVISOR")))
+    supervisor = int(os.environ.pop("FP4LAB_SUPERVISOR"))
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    if os.getppid() != supervisor:
+        return
     for module in modules:
         importlib.import_module(module)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; the supervisor decides
-    _serve(socket.socket(fileno=fd))
+    _Server(socket.socket(fileno=fd), supervisor).serve()
 
 
-def _serve(sock: socket.socket) -> None:
-    wake_r, wake_w = os.pipe()
-    os.set_blocking(wake_w, False)
-    signal.set_wakeup_fd(wake_w)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    _say(sock, {"ready": os.getpid()})
-    alive: set[int] = set()
-    inputs: list[Any] = [sock, wake_r]
-    while True:
-        ready, _, _ = select.select(inputs, [], [])
-        if wake_r in ready:
-            os.read(wake_r, 4096)
-            while alive:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-                if not pid:
-                    break
-                alive.discard(pid)
-                _kill_group(pid)  # children that the worker left behind
-                _say(sock, {"exited": pid, "status": status, "max_rss_mib": usage.ru_maxrss / 1024})
-        if sock in ready:
-            data, fds, _, _ = socket.recv_fds(sock, 4, 2)
-            if not data:  # the supervisor is gone
-                for pid in alive:
-                    _kill_group(pid)
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+class _Server:
+    def __init__(self, sock: socket.socket, supervisor: int):
+        self.sock, self.supervisor = sock, supervisor
+        self.workers: set[int] = set()
+        self.wake, wake_write = os.pipe()
+        os.set_blocking(wake_write, False)
+        signal.set_wakeup_fd(wake_write)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        # also sent when the thread that started us ends, so it is a reason to look and no more
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def serve(self) -> None:
+        """Until the supervisor is gone."""
+        self.say({"ready": os.getpid()})
+        while True:
+            ready: list[Any] = select.select([self.sock, self.wake], [], [])[0]
+            if self.wake in ready:
+                os.read(self.wake, 4096)
+                self.reap()
+            if os.getppid() != self.supervisor or (self.sock in ready and not self.take()):
+                self.workers.clear()
+                self.sweep()
                 return
-            size = int.from_bytes(data, "little")
-            request = json.loads(_receive(sock, size))
-            pid = os.fork()
-            if pid == 0:
-                sock.close()
-                signal.set_wakeup_fd(-1)
-                _worker(request, *fds)
-            for f in fds:
-                os.close(f)
-            alive.add(pid)
-            _say(sock, {"forked": pid})
+
+    def take(self) -> bool:
+        """One request. False at the end of the socket."""
+        head, fds, _, _ = socket.recv_fds(self.sock, 4, 3)
+        if not head:
+            return False
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        request = json.loads(_receive(self.sock, int.from_bytes(head, "little")))
+        pid = os.fork()
+        if pid == 0:
+            _child(request, fds, self.sock)
+        for fd in fds:
+            os.close(fd)
+        self.workers.add(pid)
+        self.say({"forked": pid})
+        return True
+
+    def reap(self) -> None:
+        """Collects the dead and reports workers, each after what it left behind is gone."""
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            if pid in self.workers:
+                self.workers.discard(pid)
+                self.sweep()
+                self.say({"exited": pid, "status": status, "max_rss_mib": usage.ru_maxrss / 1024})
+
+    def sweep(self) -> None:
+        """Kills every child that is no running worker, and with it, child by child, everything below.
+
+        Gives up after _SWEEP_S: a process in the middle of a driver call cannot be killed before it returns.
+        """
+        deadline = time.monotonic() + _SWEEP_S
+        while (strays := [pid for pid in _children() if pid not in self.workers]) and time.monotonic() < deadline:
+            for pid in strays:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)  # ours until we wait for it: the pid cannot be another's
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+            time.sleep(0.001)
+
+    def say(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.sock.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _children() -> list[int]:
+    try:
+        with open(f"/proc/self/task/{os.getpid()}/children") as f:
+            return [int(pid) for pid in f.read().split()]
+    except OSError:
+        return []
 
 
 def _receive(sock: socket.socket, size: int) -> bytes:
@@ -98,36 +149,50 @@ def _receive(sock: socket.socket, size: int) -> bytes:
     return data
 
 
-def _say(sock: socket.socket, message: dict[str, Any]) -> None:
-    sock.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-def _worker(request: dict[str, Any], event_fd: int, log_fd: int) -> None:
-    """The forked child. Never returns."""
+def _child(request: dict[str, Any], fds: list[int], sock: socket.socket) -> None:
+    """The forked process. Never returns."""
     code = 1
     try:
-        parent = os.getppid()
+        server = os.getppid()
+        sock.close()
+        signal.set_wakeup_fd(-1)
         os.setsid()
-        die_with(parent)
-        for number in (signal.SIGINT, signal.SIGCHLD):
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != server:
+            os._exit(1)
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
+            f.write(str(_OOM_SCORE))
+        for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, _on_term)
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.dup2(log_fd, 1)
-        os.dup2(log_fd, 2)
-        code = _run(request, event_fd)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        if "argv" in request:
+            _command(request["argv"], *fds)
+        else:
+            code = _worker(request, *fds)
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _command(argv: list[str], *stdio: int) -> None:
+    for target, fd in enumerate(stdio):
+        os.dup2(fd, target)
+    try:
+        os.execvp(argv[0], argv)
+    except OSError as error:
+        os.write(2, f"fp4lab guard: {argv[0]}: {error.strerror}\n".encode())
+        os._exit(126)
+
+
+def _worker(request: dict[str, Any], event_fd: int, log_fd: int) -> int:
+    signal.signal(signal.SIGTERM, _on_term)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for target, fd in enumerate((null, log_fd, log_fd)):
+        os.dup2(fd, target)
+    code = _run(request, event_fd)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
 
 
 def _on_term(*_: Any) -> None:

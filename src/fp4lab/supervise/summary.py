@@ -5,7 +5,19 @@ from typing import Any
 
 from fp4lab.events import Memory
 
-_PEAKS = [f.name for f in fields(Memory) if f.name.endswith("_mib") and f.name not in ("cuda_total_mib",)]
+_CAPACITIES = ("cuda_total_mib", "mem_total_mib", "cgroup_max_mib")
+_PEAKS = [f.name for f in fields(Memory) if f.name.endswith("_mib") and f.name not in _CAPACITIES]
+
+
+def peak(peaks: dict[str, float | None], reading: dict[str, Any]) -> None:
+    """Takes a reading into `peaks`: the largest of each, of what is available the least."""
+    for name in _PEAKS:
+        value = reading.get(name)
+        if value is None:
+            continue
+        before = peaks.get(name)
+        better = min if name == "mem_available_mib" else max
+        peaks[name] = value if before is None else better(before, value)
 
 
 class Summary:
@@ -25,7 +37,7 @@ class Summary:
     def add(self, record: dict[str, Any]) -> None:
         kind = record["kind"]
         if kind in ("phase", "sample"):
-            self._peak(record)
+            peak(self.peaks, record)
         if kind == "phase":
             self.phases.append(record["name"])
             if self.slowest is None or (record["ms"] or 0) > self.slowest["ms"]:
@@ -42,15 +54,6 @@ class Summary:
             self.health = {k: v for k, v in record.items() if k not in ("t", "wall", "kind")}
         elif kind == "failure":
             self.failure = record
-
-    def _peak(self, record: dict[str, Any]) -> None:
-        for name in _PEAKS:
-            value = record.get(name)
-            if value is None:
-                continue
-            before = self.peaks.get(name)
-            better = min if name == "mem_available_mib" else max
-            self.peaks[name] = value if before is None else better(before, value)
 
     def result(self) -> dict[str, Any]:
         """Everything but how the run ended."""
