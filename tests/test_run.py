@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fp4lab.supervise import registry
+
 ROOT = Path(__file__).parent.parent
 
 QUIET = ["tracker=off", "threads=1"]
@@ -105,8 +107,14 @@ def test_dry_run_lists_the_grid_and_leaves_nothing(tmp_path):
 def long_run(folder):
     """A run that takes a while; returns the process and the worker's pid once there is one."""
     process = start("steps=100000", f"hydra.run.dir={folder}", "guard.term_grace_s=1", start_new_session=True)
-    assert wait_for(lambda: (folder / "worker.pid").is_file() and (folder / "worker.pid").read_text().strip())
-    return process, int((folder / "worker.pid").read_text())
+    found = []
+
+    def registered() -> bool:
+        found[:] = [e.worker for e in registry.entries() if e.out_dir == str(folder.resolve())]
+        return bool(found)
+
+    assert wait_for(registered)
+    return process, found[0].pid
 
 
 def test_a_worker_killed_by_another_hand_is_told_as_such(tmp_path):

@@ -36,7 +36,10 @@ class Event:
 
 @dataclass
 class Memory:
-    """One look at memory, MiB. `source` names where the numbers came from, e.g. "torch+nvml" or "rss"."""
+    """One look at memory, MiB. `source` names where the numbers came from, e.g. "torch+nvml+rss" or "rss".
+
+    None is unknown, never 0.
+    """
 
     torch_allocated_mib: float | None = None
     torch_reserved_mib: float | None = None
@@ -48,11 +51,11 @@ class Memory:
     proc_rss_mib: float | None = None
     proc_peak_rss_mib: float | None = None  # peak resident set since the previous phase
     mem_available_mib: float | None = None
-    proc_pss_mib: float | None = None
     mem_total_mib: float | None = None
-    cgroup_mib: float | None = None
+    proc_pss_mib: float | None = None  # proportional set size: shared pages are divided among who shares them
+    cgroup_mib: float | None = None  # held by the cgroup nearest to its limit
     cgroup_max_mib: float | None = None
-    unified: bool | None = None
+    unified: bool | None = None  # CPU and GPU have one memory; None: no GPU was asked
     source: str = "unknown"
 
 
@@ -67,7 +70,6 @@ class Start(Event):
     git_commit: str | None = None
     git_dirty: bool | None = None
     host: dict[str, Any] = field(default_factory=dict)
-    worker_pid: int | None = None
 
 
 @dataclass

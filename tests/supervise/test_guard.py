@@ -166,7 +166,7 @@ def test_nothing_overtakes_a_sleeping_guard(limit, holds, cores, poll, device):
     assert seconds - crossed_after <= poll + 1e-9
 
 
-@given(st.lists(st.tuples(st.floats(0, 1), st.none() | st.floats(0, 200)), max_size=40), st.floats(0, 3))
+@given(st.lists(st.tuples(st.floats(0.001, 1), st.none() | st.floats(0, 200)), max_size=40), st.floats(0, 3))
 def test_no_verdict_on_memory_before_over_s(steps, over_s):
     """A breach means: over the limit at every known reading for at least `over_s`."""
     limits, state, now, history = Limits(100, over_s=over_s), State(), 0.0, []

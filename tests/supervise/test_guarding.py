@@ -10,9 +10,10 @@ from toys import gone_within, of, running, text_of
 def test_guard_ends_a_memory_bomb(go, toy):
     result, records = go(toy, limit_gb=0.125)
     assert result["status"] == "guard_killed"
-    (guard,) = of(records, "guard")
+    guard, *more = of(records, "guard")  # what keeps growing after SIGTERM is killed before the grace time is over
     assert guard["verdict"] == "breach" and guard["limit_mib"] == 128
-    assert 128 < guard["reading_mib"] < 500
+    assert [g["verdict"] for g in more] in ([], ["killed"])
+    assert 128 < guard["reading_mib"] < 900  # six processes on two cores take gigabytes a second
     assert guard["reason"] == result["reason"]
     assert result["seconds"] < 5
     assert result["peaks"]["proc_rss_mib"] >= guard["reading_mib"]

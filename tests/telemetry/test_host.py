@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fp4lab.telemetry.device import PhaseMeter
-from fp4lab.telemetry.host import MIB, process_memory, process_tree
+from fp4lab.telemetry.host import MIB, machine_mib, process_tree, proportional_mib, resident_mib
 
 CHILD = """
 import subprocess, sys
@@ -43,7 +43,7 @@ def child():
 
 
 def rss(pid: int) -> float:
-    value = process_memory(pid).proc_rss_mib
+    value = resident_mib(process_tree(pid))
     assert value is not None
     return value
 
@@ -63,20 +63,73 @@ def test_resident_set_follows_allocation_and_counts_grandchildren(child):
     assert grandchild in process_tree(os.getpid())  # two levels down from here
 
 
-def test_a_dead_process_has_no_memory():
+def test_a_dead_process_has_no_memory_and_no_tree():
     process = subprocess.Popen(["true"])
     process.wait()
-    memory = process_memory(process.pid)
-    assert memory.proc_rss_mib is None
+    assert process_tree(process.pid) == []
+    assert resident_mib([process.pid]) is None and proportional_mib([process.pid]) is None
 
 
-def test_what_every_reading_has():
-    memory = process_memory(os.getpid())
-    assert memory.source in ("rss", "nvml+rss")
-    assert memory.mem_available_mib is None or 1 < memory.mem_available_mib < os.sysconf("SC_PHYS_PAGES") * 4096 / MIB
-    assert memory.torch_allocated_mib is None  # no torch here
-    if memory.source == "rss":
-        assert memory.pid_mem_mib is None and memory.cuda_used_mib is None  # unknown is not 0
+def test_children_of_every_thread_are_found():
+    code = """
+import subprocess, threading, time
+def child():
+    p = subprocess.Popen(["sleep", "60"])
+    print(p.pid, flush=True)
+    time.sleep(60)
+threading.Thread(target=child, daemon=True).start()
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        grandchild = int(process.stdout.readline())
+        assert process_tree(process.pid) == [process.pid, grandchild]
+        os.kill(grandchild, 9)
+        process.kill()
+
+
+def recorded(proc, pid: int, threads: dict[int, str], statm: str = "100 10 5"):
+    for thread, children in threads.items():
+        folder = proc / str(pid) / "task" / str(thread)
+        folder.mkdir(parents=True)
+        (folder / "children").write_text(children)
+    (proc / str(pid) / "statm").write_text(statm)
+
+
+def test_a_recorded_tree_with_a_child_that_died_meanwhile(tmp_path):
+    recorded(tmp_path, 1, {1: "2 ", 7: "3 4 "})
+    recorded(tmp_path, 2, {2: ""})
+    recorded(tmp_path, 4, {4: "2 "})  # listed twice: counted once
+    assert sorted(process_tree(1, str(tmp_path))) == [1, 2, 4]
+    assert process_tree(9, str(tmp_path)) == []
+    page = os.sysconf("SC_PAGE_SIZE")
+    assert resident_mib([1, 2, 3, 4], str(tmp_path)) == 3 * 10 * page / MIB
+    assert resident_mib([3], str(tmp_path)) is None
+
+
+def test_shared_pages_count_once_in_the_proportional_size():
+    code = """
+import os, time
+x = b"1" * (64 << 20)
+for _ in range(3):
+    if os.fork() == 0:
+        time.sleep(60)
+print("up", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as process:
+        process.stdout.readline()
+        tree = process_tree(process.pid)
+        assert len(tree) == 4
+        assert resident_mib(tree) > 4 * 64 and 64 < proportional_mib(tree) < 2 * 64
+        os.killpg(process.pid, 9)
+
+
+def test_the_machine(tmp_path):
+    available, total = machine_mib()
+    assert 1 < available < total < 1.01 * os.sysconf("SC_PHYS_PAGES") * 4096 / MIB
+    assert machine_mib(str(tmp_path)) == (None, None)  # not this machine's: unknown, and not ours instead
+    (tmp_path / "meminfo").write_text("MemTotal: 2048 kB\nMemFree: 9 kB\nMemAvailable: 1024 kB\n")
+    assert machine_mib(str(tmp_path)) == (1, 2)
 
 
 def test_phase_meter_sees_a_peak_that_is_over():

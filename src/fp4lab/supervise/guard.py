@@ -10,7 +10,7 @@ from fp4lab.events import Memory
 GB_MIB = 1024  # the reference's GB: 108 -> 110592 MiB
 BLIND_S = 15.0  # unobservable for so long: say it (reference 6.1)
 FAR_S = 1.0  # the longest sleep, far from every limit
-GROWTH = 0.05  # of the limit: growth after SIGTERM that ends the grace time
+GROWTH, GROWTH_LEAST = 0.05, 64.0  # of the limit, and MiB: more growth after SIGTERM ends the grace time
 
 # The fastest that memory can be taken, MiB/s. Resident pages have to be zeroed, about 8 GiB/s a core at best; device
 # memory is only mapped. A guard that sleeps headroom / rate cannot be overtaken.
@@ -171,7 +171,7 @@ def give_up(limits: Limits, seconds_since_term: float, at_term: Used, now: Look)
     if seconds_since_term > limits.term_grace_s:
         return f"still there {seconds_since_term:.1f} s after SIGTERM; guard.term_grace_s is {limits.term_grace_s:g}"
     mib, before, limit = now.used.mib, at_term.mib, limits.memory_mib
-    if mib is not None and before is not None and limit is not None and mib > max(limit, before) + GROWTH * limit:
+    if mib is not None and before is not None and limit is not None and mib > max(limit, before) + max(GROWTH * limit, GROWTH_LEAST):
         return f"still growing after SIGTERM: {mib:.0f} MiB used"
     least, left = limits.available_min_mib, now.available_mib
     if least is not None and left is not None and left < least / 2:

@@ -153,8 +153,7 @@ class _Run:
     def _record_guard(self) -> None:
         assert self.sentinel is not None
         shift = self.sentinel.began - self.ledger.began
-        while not self.sentinel.events.empty():
-            seconds, event = self.sentinel.events.get()
+        for seconds, event in self.sentinel.take():
             self.ledger.emit(event, seconds + shift)
 
     def interrupt(self) -> None:

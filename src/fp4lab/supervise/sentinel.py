@@ -11,12 +11,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fp4lab.events import Event, Guard, Memory, Note, Sample
 from fp4lab.supervise.guard import Limits, Look, State, Used, Verdict, give_up, judge, pause, used
 from fp4lab.supervise.summary import peak
-from fp4lab.supervise.tree import Process, descendants, session, signal_below
+from fp4lab.supervise.tree import Process, session, signal_below
+from fp4lab.telemetry.host import process_tree
 from fp4lab.telemetry.reader import MemoryReader
 
 _SWITCH_S = 0.0005  # Python hands the lock over this often: a busy main thread must not hold a look up by 5 ms
@@ -61,7 +63,7 @@ class _Term:
 class Sentinel(threading.Thread):
     """Watches everything below the process `server` until `stop`.
 
-    `heard` is a descriptor that becomes readable when `events` has something (seconds since the start, event).
+    `heard` is a descriptor that becomes readable when `take` has something to give.
     `ended`, the status and reason of the end it brings about, is set before any signal is sent.
     """
 
@@ -69,7 +71,8 @@ class Sentinel(threading.Thread):
         super().__init__(name="fp4lab-guard", daemon=True)
         self.limits, self.sample_s, self.reader, self.server = limits, sample_s, reader, server
         self.worker = Process.of(worker)
-        self.events: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[float, Event]] = queue.SimpleQueue()
+        self._sample: tuple[float, Event] | None = None
         self.heard, self._tell = os.pipe()
         os.set_blocking(self._tell, False)
         self.signs, self.report = Signs(), Report()
@@ -97,8 +100,19 @@ class Sentinel(threading.Thread):
         self._asked = (status, reason)
         self._wake.set()
 
+    def take(self) -> Iterator[tuple[float, Event]]:
+        """(seconds since the start, event) of what happened since the last call.
+
+        Of the samples only the last: a recorder that is slower than the guard must not fall behind without end.
+        """
+        while not self._events.empty():
+            yield self._events.get()
+        sample, self._sample = self._sample, None
+        if sample is not None:
+            yield sample
+
     def stop(self) -> None:
-        """Ends the thread: the worker is gone. What it has put into `events` is still there."""
+        """Ends the thread: the worker is gone. What it has to `take` is still there."""
         self._stopping = True
         self._wake.set()
         if self.is_alive():
@@ -153,7 +167,7 @@ class Sentinel(threading.Thread):
             report.longest_gap_s = max(report.longest_gap_s, self._gap)
             report.latest_s = max(report.latest_s, start - self._due)
         self._last_look = start
-        memory = self.reader.read(self._roots(), detailed)
+        memory = self.reader.read(self._pids(), detailed)
         self.last = memory
         peak(self.peaks, vars(memory))
         if detailed and memory.proc_pss_mib is not None:
@@ -168,12 +182,12 @@ class Sentinel(threading.Thread):
             self._put(Sample(**vars(memory)))
         return Look(now, holds, memory.mem_available_mib, now - self.signs.progress_s, self.signs.after)
 
-    def _roots(self) -> list[int]:
-        """The worker, and what it left to the server by ending its own parent."""
-        return [p.pid for p in descendants(self.server)]
+    def _pids(self) -> list[int]:
+        """The worker's tree, and what of it was left to the server when its own parent ended."""
+        return [pid for pid in process_tree(self.server) if pid != self.server]
 
     def _second_look(self, look: Look) -> Look:
-        if look.used.source != "resident set" or len(self._roots()) < 2:
+        if look.used.source != "resident set" or len(self._pids()) < 2:
             return look
         return self._look(detailed=True)
 
@@ -208,6 +222,9 @@ class Sentinel(threading.Thread):
         )
 
     def _put(self, event: Event) -> None:
-        self.events.put((self.seconds(), event))
+        if isinstance(event, Sample):
+            self._sample = (self.seconds(), event)
+        else:
+            self._events.put((self.seconds(), event))
         with contextlib.suppress(BlockingIOError):  # full: it is readable already
             os.write(self._tell, b"x")

@@ -72,7 +72,8 @@ class _Server:
         """Until the supervisor is gone."""
         self.say({"ready": os.getpid()})
         while True:
-            ready: list[Any] = select.select([self.sock, self.wake], [], [])[0]
+            watched: list[Any] = [self.sock, self.wake]
+            ready = select.select(watched, [], [])[0]
             if self.wake in ready:
                 os.read(self.wake, 4096)
                 self.reap()

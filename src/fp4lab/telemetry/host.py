@@ -1,55 +1,105 @@
-"""Memory of a process tree as another process sees it: /proc and, where there is a driver, NVML. No torch."""
+"""Processes and the machine's memory as /proc tells them. No torch.
 
-import functools
+`proc` is the folder to read, so that recorded trees can be read as well; where it does not exist, psutil is asked.
+"""
+
 import os
 from collections.abc import Iterable
 
 import psutil
 
-from fp4lab.events import Memory
-
 MIB = 1 << 20
+PROC = "/proc"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def process_memory(pid: int) -> Memory:
-    """One reading for `pid` and all its descendants. A process that is gone counts nothing; if all are, values are None."""
-    tree = process_tree(pid)
-    rss = [r for r in map(_rss_bytes, tree) if r is not None]
-    memory = Memory(
-        proc_rss_mib=sum(rss) / MIB if rss else None,
-        mem_available_mib=_mem_available_mib(),
-        source="rss",
-    )
-    device = gpu_processes()
-    if device is not None:
-        known = [b for b in device.values() if b is not None]
-        own = [device[p] for p in tree if p in device]
-        memory.source = "nvml+rss"
-        if len(known) == len(device):
-            memory.total_gpu_mem_mib = sum(known) / MIB
-        if all(b is not None for b in own):
-            memory.pid_mem_mib = sum(b for b in own if b is not None) / MIB
-        memory.cuda_used_mib, memory.cuda_total_mib = _gpu_used_total_mib()
-    return memory
-
-
-def process_tree(pid: int) -> list[int]:
-    """The pid and its descendants, those that exist."""
-    out, waiting = [], [pid]
+def process_tree(root: int, proc: str = PROC) -> list[int]:
+    """`root` and its descendants, those that exist; empty if `root` does not."""
+    if not os.path.isdir(proc):
+        return _psutil_tree(root)
+    found: list[int] = []
+    seen, waiting = {root}, [root]
     while waiting:
-        p = waiting.pop()
-        out.append(p)
+        pid = waiting.pop()
+        children = _children(pid, proc)
+        if children is None:
+            continue
+        found.append(pid)
+        waiting += children - seen
+        seen |= children
+    return found
+
+
+def _children(pid: int, proc: str) -> set[int] | None:
+    """Children of every thread of `pid`; None if it does not exist.
+
+    A thread that ends meanwhile gives its children to another, which may have been read already: read again then.
+    """
+    found: set[int] = set()
+    for _ in range(3):
         try:
-            for task in os.listdir(f"/proc/{p}/task"):
-                with open(f"/proc/{p}/task/{task}/children") as f:
-                    waiting += map(int, f.read().split())
-        except FileNotFoundError:
-            if p == pid and not os.path.isdir("/proc/self"):  # no procfs: ask the library
-                return _psutil_tree(pid)
+            threads = os.listdir(f"{proc}/{pid}/task")
         except OSError:
-            pass
-    return out
+            return None
+        complete = True
+        for thread in threads:
+            try:
+                with open(f"{proc}/{pid}/task/{thread}/children", "rb") as f:
+                    found.update(map(int, f.read().split()))
+            except OSError:
+                complete = False
+        if complete:
+            break
+    return found
+
+
+def resident_mib(pids: Iterable[int], proc: str = PROC) -> float | None:
+    """Sum of resident sets; shared pages count once for each process. None if none of them exists."""
+    known = [r for r in (_resident_bytes(p, proc) for p in pids) if r is not None]
+    return sum(known) / MIB if known else None
+
+
+def proportional_mib(pids: Iterable[int], proc: str = PROC) -> float | None:
+    """Sum of proportional set sizes: a page shared by n processes counts 1/n for each. Dear: the kernel walks page tables.
+
+    None if none of them can be read.
+    """
+    known = [p for p in (_pss_kib(pid, proc) for pid in pids) if p is not None]
+    return sum(known) / 1024 if known else None
+
+
+def machine_mib(proc: str = PROC) -> tuple[float | None, float | None]:
+    """(MemAvailable, MemTotal)."""
+    found: dict[bytes, float] = {}
+    try:
+        with open(f"{proc}/meminfo", "rb") as f:
+            for line in f:
+                key, _, value = line.partition(b":")
+                if key in (b"MemAvailable", b"MemTotal"):
+                    found[key] = int(value.split()[0]) / 1024
+                    if len(found) == 2:
+                        break
+    except OSError:
+        if proc == PROC:
+            memory = psutil.virtual_memory()
+            return memory.available / MIB, memory.total / MIB
+    return found.get(b"MemAvailable"), found.get(b"MemTotal")
+
+
+def _resident_bytes(pid: int, proc: str) -> int | None:
+    try:
+        with open(f"{proc}/{pid}/statm", "rb") as f:
+            return int(f.read().split()[1]) * _PAGE
+    except (OSError, IndexError, ValueError):
+        return None if os.path.isdir(proc) else _psutil_resident(pid)
+
+
+def _pss_kib(pid: int, proc: str) -> int | None:
+    try:
+        with open(f"{proc}/{pid}/smaps_rollup", "rb") as f:
+            return next((int(line.split()[1]) for line in f if line.startswith(b"Pss:")), None)
+    except OSError:
+        return None
 
 
 def _psutil_tree(pid: int) -> list[int]:
@@ -59,65 +109,8 @@ def _psutil_tree(pid: int) -> list[int]:
         return []
 
 
-def _rss_bytes(pid: int) -> int | None:
+def _psutil_resident(pid: int) -> int | None:
     try:
-        with open(f"/proc/{pid}/statm") as f:
-            return int(f.read().split()[1]) * _PAGE
-    except (OSError, IndexError, ValueError):
+        return psutil.Process(pid).memory_info().rss
+    except psutil.Error:
         return None
-
-
-def _mem_available_mib() -> float | None:
-    try:
-        with open("/proc/meminfo") as f:
-            for line in f:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) / 1024
-    except OSError:
-        pass
-    return None
-
-
-@functools.cache
-def _nvml():
-    """pynvml with its handles, or None where there is no driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        return pynvml, [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:
-        return None
-
-
-def gpu_processes() -> dict[int, int | None] | None:
-    """pid -> bytes on all devices (None where the driver will not say); None without NVML."""
-    found = _nvml()
-    if found is None:
-        return None
-    pynvml, handles = found
-    used: dict[int, int | None] = {}
-    try:
-        for handle in handles:
-            for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                before = used.get(p.pid, 0)
-                unknown = p.usedGpuMemory is None or before is None
-                used[p.pid] = None if unknown else before + p.usedGpuMemory
-    except pynvml.NVMLError:
-        return None
-    return used
-
-
-def _gpu_used_total_mib() -> tuple[float | None, float | None]:
-    found = _nvml()
-    if found is None:
-        return None, None
-    pynvml, handles = found
-    try:
-        infos: Iterable = [pynvml.nvmlDeviceGetMemoryInfo(h) for h in handles]
-    except pynvml.NVMLError:
-        return None, None
-    total = sum(i.total for i in infos)
-    if not total:  # unified memory on some drivers
-        return None, None
-    return sum(i.used for i in infos) / MIB, total / MIB
