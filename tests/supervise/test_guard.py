@@ -126,8 +126,8 @@ def test_give_up():
     at_term = Used(1100, "resident set")
     assert give_up(limits, 5.0, at_term, look(9, 1100, available_mib=100)) is None
     assert give_up(limits, 5.1, at_term, look(9, 1)) == "still there 5.1 s after SIGTERM; guard.term_grace_s is 5"
-    assert give_up(limits, 0.1, at_term, look(9, 1150)) is None
-    assert give_up(limits, 0.1, at_term, look(9, 1151)) == "still growing after SIGTERM: 1151 MiB used"
+    assert give_up(limits, 0.1, at_term, look(9, 1164)) is None
+    assert give_up(limits, 0.1, at_term, look(9, 1165)) == "still growing after SIGTERM: 1165 MiB used"
     assert give_up(limits, 0.1, Used(10, "x"), look(9, 1040)) is None  # a time limit: growth under the limit is its own affair
     assert give_up(limits, 0.1, at_term, look(9, None, available_mib=49)) is not None
     assert give_up(Limits(), 0.1, Used(None, ""), look(9, None)) is None

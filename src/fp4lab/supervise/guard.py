@@ -171,7 +171,12 @@ def give_up(limits: Limits, seconds_since_term: float, at_term: Used, now: Look)
     if seconds_since_term > limits.term_grace_s:
         return f"still there {seconds_since_term:.1f} s after SIGTERM; guard.term_grace_s is {limits.term_grace_s:g}"
     mib, before, limit = now.used.mib, at_term.mib, limits.memory_mib
-    if mib is not None and before is not None and limit is not None and mib > max(limit, before) + max(GROWTH * limit, GROWTH_LEAST):
+    if (
+        mib is not None
+        and before is not None
+        and limit is not None
+        and mib > max(limit, before) + max(GROWTH * limit, GROWTH_LEAST)
+    ):
         return f"still growing after SIGTERM: {mib:.0f} MiB used"
     least, left = limits.available_min_mib, now.available_mib
     if least is not None and left is not None and left < least / 2:
