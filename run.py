@@ -12,6 +12,7 @@ import sys
 import hydra
 
 from fp4lab import config, launch
+from fp4lab.events import STATUSES
 
 config.register()
 
@@ -22,5 +23,9 @@ def main(cfg) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt as e:  # the run under way is recorded as interrupted
+        print(f"\ninterrupted {e}".rstrip(), file=sys.stderr)
+        sys.exit(STATUSES["interrupted"])
     sys.exit(launch.exit_code())
