@@ -152,6 +152,8 @@ class GuardConfig:
     phase_wall_s: float | None = None  # the longest time without a phase, loss, turn or other sign of progress
     term_grace_s: float = 5.0  # between SIGTERM and SIGKILL
     blind: Blind = Blind.warn  # what to do when memory cannot be read for 15 s: warn, or refuse to go on
+    force: bool = False  # start although the estimate says that it cannot fit
+    snapshot: bool = False  # CUDA: keep the allocation history, and write it when memory runs out (memory_viz opens it)
 
 
 @dataclass

@@ -187,6 +187,17 @@ class StateHealth(Event):
 
 
 @dataclass
+class MemoryEstimate(Event):
+    """What the run was expected to need before anything was loaded; the arithmetic is in `train/estimate.py`."""
+
+    kind: ClassVar[str] = "estimate"
+    phase: str = ""  # the one that needs most: load, forward, backward or step
+    total_mib: float = 0.0
+    limit_mib: float | None = None  # the tightest of guard.limit_gb and what the machine has
+    rows: list[dict[str, Any]] = field(default_factory=list)  # what, formula, mib, phases, host
+
+
+@dataclass
 class TensorBytes(Event):
     kind: ClassVar[str] = "tensor_bytes"
     tensor_kind: str = ""  # model_param, state_w_codes, ...
@@ -243,6 +254,7 @@ KINDS: dict[str, type[Event]] = {
         FirstTokenDiff,
         Turn,
         StateHealth,
+        MemoryEstimate,
         TensorBytes,
         Guard,
         Failure,

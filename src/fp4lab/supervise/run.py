@@ -47,9 +47,11 @@ def supervise(
     """
     out_dir.mkdir(parents=True, exist_ok=True)
 
+    told = {**config, "overrides": overrides, "out_dir": str(out_dir.resolve())}
+
     def launch(workers: WorkerServer, events: int) -> int:
         with (out_dir / LOG).open("wb") as log:
-            return workers.spawn(entry, {**config, "overrides": overrides}, events, log.fileno())
+            return workers.spawn(entry, told, events, log.fileno())
 
     return watch(Ledger(config, out_dir, overrides, trackers), server, launch, choices)
 

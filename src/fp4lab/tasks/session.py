@@ -18,6 +18,7 @@ from fp4lab.model.paths import Quirks, bridge_model, dense_model, fp2_model, nos
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.model.store import WeightStore, build_store, random_weights
 from fp4lab.nvfp4 import PackedTensor, native_available, pack, repack_like
+from fp4lab.tasks.limits import preflight
 
 SHIPPED = Path("models/tiny")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -98,6 +99,7 @@ def open_session(config: dict[str, Any], emit: Emit) -> Session:
     kind = config["weights"]["kind"]
     shape, folder = _shape(config, emit)
     tokenizer = _tokenizer(folder, shape, config["model"]["name"], emit)
+    preflight(shape, config, device, dtype, emit)
     weights: Weights | None = None
     if kind == "random":
         names, get = random_weights(shape, config["seed"], device, dtype)

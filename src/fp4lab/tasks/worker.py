@@ -2,6 +2,7 @@
 
 from fp4lab.events import Emit
 from fp4lab.tasks import step, tune
+from fp4lab.tasks.limits import soft_limit
 
 TASKS = {"step": step.run, "tune": tune.run}
 
@@ -13,4 +14,5 @@ def main(config: dict, emit: Emit) -> None:
     if config["threads"]:
         torch.set_num_threads(config["threads"])
     torch.manual_seed(config["seed"])
-    TASKS[config["task"]["name"]](config, emit)
+    with soft_limit(config, emit):
+        TASKS[config["task"]["name"]](config, emit)

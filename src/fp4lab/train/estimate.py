@@ -1,0 +1,188 @@
+"""How much memory a step will take, from shapes and formats alone: nothing is allocated.
+
+A row is a kind of tensor, its arithmetic as text, and the phases in which it exists. The estimate is the largest phase. It
+counts tensors and is meant to stay below what is measured: allocator rounding and fragmentation come on top
+(doc/memory.md has both side by side).
+
+phase     what exists then besides the weights
+load      nothing
+forward   moments, what autograd keeps: activations, dequantised weights, the logits
+backward  moments, gradients, and the embedding's gradient once or twice more while it is summed
+step      moments, gradients, the optimizer's scratch
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fp4lab.model.config import BLOCK, EMBEDDING, HEAD, Qwen3Config
+
+MIB = 1 << 20
+PHASES = ("load", "forward", "backward", "step")
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SCRATCH = 20  # fp32 copies of a chunk's rows that live at once, measured on the CPU
+_STATE = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nvfp4": 0.5 + 1 / BLOCK, "nvfp4_two_level": 0.5 + 1 / BLOCK}
+_ROW_SCALE = {"int8": 4, "nvfp4_two_level": 4}
+
+
+@dataclass(frozen=True)
+class Row:
+    """`host`: it lies in host memory although the model is on a device."""
+
+    what: str
+    formula: str
+    mib: float
+    phases: tuple[str, ...] = PHASES
+    host: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    rows: tuple[Row, ...]
+
+    def at(self, phase: str, host: bool | None = None) -> float:
+        """MiB in one phase; on the device alone (False), on the host alone (True), or both."""
+        return sum(r.mib for r in self.rows if phase in r.phases and host in (None, r.host))
+
+    def peak(self, host: bool | None = None) -> tuple[str, float]:
+        """The phase that needs most, and MiB."""
+        return max(((phase, self.at(phase, host)) for phase in PHASES), key=lambda x: x[1])
+
+    def table(self, phase: str, host: bool | None = None) -> str:
+        """The rows of a phase, largest first, as text."""
+        rows = sorted((r for r in self.rows if phase in r.phases and host in (None, r.host)), key=lambda r: -r.mib)
+        lines = [f"  {r.mib:>10.1f} MiB  {r.what:<28} {r.formula}" for r in rows if r.mib >= 0.05]
+        return "\n".join([*lines, f"  {self.at(phase, host):>10.1f} MiB  in all, in phase {phase}"])
+
+
+def estimate(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, baseline_mib: float) -> Estimate:
+    """Memory of task=step or task=tune.
+
+    dtype         the compute dtype, "float32", "bfloat16" or "float16"
+    device        "cpu" or "cuda"
+    baseline_mib  what the process holds before the model: Python and torch, or the CUDA context
+    """
+    return Estimate(tuple(_rows(shape, config, dtype, device, baseline_mib)))
+
+
+def cheaper(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, host: bool | None) -> list[tuple[str, float]]:
+    """(option, MiB it would save at the peak), most first; only what saves."""
+    before = estimate(shape, config, dtype, device, 0.0).peak(host)[1]
+    found = []
+    for text, changes in _LEVERS:
+        changed = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
+        for key, value in changes.items():
+            group, _, name = key.rpartition(".")
+            (changed[group] if group else changed)[name] = value
+        if device == "cpu" and any("offload" in key for key in changes):
+            continue
+        other = changes.get("dtype", dtype)
+        saved = before - estimate(shape, changed, str(other), device, 0.0).peak(host)[1]
+        if saved > 0.01 * before:
+            found.append((text, saved))
+    return sorted(found, key=lambda x: -x[1])
+
+
+_LEVERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("step=chunked", {"step.name": "chunked"}),
+    ("step.state=nvfp4_two_level", {"step.state": "nvfp4_two_level"}),
+    ("step.master=packed_stochastic", {"step.master": "packed_stochastic"}),
+    ("dtype=bfloat16", {"dtype": "bfloat16"}),
+    ("step.offload_mv=true", {"step.offload_mv": True}),
+    ("step.offload_grad=true", {"step.offload_grad": True}),
+    ("seq_len=8", {"seq_len": 8}),
+    ("backend=bridge (evaluates only)", {"backend.name": "bridge"}),
+)
+
+
+def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, baseline_mib: float) -> Iterator[Row]:
+    step, backend, kind = config["step"], config["backend"]["name"], config["weights"]["kind"]
+    size = _BYTES[dtype]
+    linears, raw = dict(shape.linears()), shape.raw()
+    head = shape.linear_shape("lm_head")
+    tied = shape.tie_word_embeddings
+    packed = {**linears, HEAD: head}
+    n_packed = sum(r * c for r, c in packed.values())
+    n_raw = sum(_count(s) for s in raw.values())
+    n_embedding = _count(raw[EMBEDDING])
+    trained = {**linears, **raw, **({} if tied else {HEAD: head})}
+    n = sum(_count(s) for s in trained.values())
+
+    yield Row("process before the model", "CUDA context" if device == "cuda" else "Python and torch", baseline_mib)
+    yield _row("packed codes", f"{n_packed:,} weights / 2", n_packed / 2)
+    yield _row("block scales", f"{n_packed:,} weights / {BLOCK}", n_packed / BLOCK)
+    yield _row("embedding and norms", f"{n_raw:,} x {size} bytes", n_raw * size)
+    unquantised = kind in ("random", "hf")
+    if unquantised:
+        n_dense = n_packed - (_count(head) if tied else 0)
+        phases = ("load", "forward", "backward") if backend == "fp2" else PHASES  # let go when the weights have moved
+        yield _row("unquantised weights", f"{n_dense:,} x {size} bytes, for path R", n_dense * size, phases)
+    if backend not in ("fp2", "dense"):
+        largest = max(_count(s) for s in packed.values())
+        yield _row("one dequantised linear", f"{largest:,} x {size} bytes", largest * size, ("forward",))
+        yield from _activations(shape, config, size, trained=False)
+        return
+    chunked = step["name"] != "dense"
+    master = step["master"] if chunked else "fp32"
+    master_size = {"fp32": 4, "bf16": 2}.get(master, size)
+    yield _row("trained parameters", f"{n:,} x {master_size} bytes", n * master_size)
+    yield from _moments(step, trained, chunked, master_size, device)
+    if backend == "fp2" or master_size != size:
+        yield _row(
+            "weights kept for backward", f"{n_packed:,} in the compute dtype, x {size} bytes", n_packed * size, ("forward",)
+        )
+    yield from _activations(shape, config, size, trained=True)
+    yield _row("gradients", f"{n:,} x {master_size} bytes", n * master_size, ("backward",))
+    offload = chunked and step["offload_grad"] and device == "cuda"
+    yield _row("gradients in the step", f"{n:,} x {master_size} bytes", n * master_size, ("step",), offload)
+    times = 2 if tied else 1
+    text = f"{times} x {n_embedding:,} x {master_size} bytes" + (", head and lookup being added" if tied else "")
+    yield _row("embedding's gradient again", text, times * n_embedding * master_size, ("backward",))
+    if chunked:
+        widest = max(s[-1] for s in trained.values())
+        scratch = _SCRATCH * step["chunk_rows"] * widest * 4
+        yield _row("scratch of a chunk", f"{_SCRATCH} x {step['chunk_rows']} x {widest} x 4 bytes", scratch, ("step",))
+    elif device == "cuda":
+        yield _row("foreach temporaries", f"{n:,} x {master_size} bytes", n * master_size, ("step",))
+
+
+def _moments(step: dict[str, Any], trained: dict[str, Any], chunked: bool, master_size: int, device: str) -> Iterator[Row]:
+    n = sum(_count(s) for s in trained.values())
+    if not chunked:
+        yield _row("moments m and v", f"2 x {n:,} x {master_size} bytes", 2.0 * n * master_size, ("step",))
+        return
+    high = {k: s for k, s in trained.items() if len(s) == 1 or "embed_tokens" in k}  # adamw.ParameterState
+    low = {k: s for k, s in trained.items() if k not in high}
+    n_high, n_low = sum(map(_count, high.values())), sum(map(_count, low.values()))
+    rows, each = sum(s[0] for s in low.values()), _STATE[step["state"]]
+    host = bool(step["offload_mv"]) and device == "cuda"
+    after = ("forward", "backward", "step")
+    text = f"2 x {n_low:,} x {each:g} bytes" + (f" + 2 x {rows:,} rows x 4" if step["state"] in _ROW_SCALE else "")
+    total = 2 * (n_low * each + rows * _ROW_SCALE.get(step["state"], 0))
+    yield _row(f"moments ({step['state']})", text, total, after, host)
+    yield _row("moments of embedding, norms", f"2 x {n_high:,} x 4 bytes", 2.0 * n_high * 4, after, host)
+    if master_size != 4:
+        yield _row("masters of embedding, norms", f"{n_high:,} x 4 bytes", n_high * 4, after)
+
+
+def _activations(shape: Qwen3Config, config: dict[str, Any], size: int, trained: bool) -> Iterator[Row]:
+    """What one forward keeps. A token of a layer: the norms' inputs and outputs in fp32 and `size`, q, k, v before and
+    after their norm and rotation, the attention's output, gate, up and their product.
+    """
+    tokens = config["seq_len"] * (config["task"]["batch_size"] if config["task"]["name"] == "tune" else 1)
+    h, q, kv, i = shape.hidden_size, shape.q_size, shape.kv_size, shape.intermediate_size
+    each = (6 * h + 4 * q + 6 * kv + 4 * i) * size
+    layers = shape.num_hidden_layers if trained else 1
+    phases = ("forward",)
+    yield _row("activations", f"{layers} layers x {tokens} tokens x {each:,} bytes", layers * tokens * each, phases)
+    yield _row(
+        "logits", f"{tokens} tokens x {shape.vocab_size:,} x {size + 4} bytes", tokens * shape.vocab_size * (size + 4), phases
+    )
+
+
+def _row(what: str, formula: str, count: float, phases: tuple[str, ...] = PHASES, host: bool = False) -> Row:
+    return Row(what, formula, count / MIB, phases, host)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) == 1 else shape[0] * shape[1]
