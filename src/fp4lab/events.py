@@ -194,7 +194,9 @@ class MemoryEstimate(Event):
     phase: str = ""  # the one that needs most: load, forward, backward or step
     total_mib: float = 0.0
     limit_mib: float | None = None  # the tightest of guard.limit_gb and what the machine has
-    rows: list[dict[str, Any]] = field(default_factory=list)  # what, formula, mib, phases, host
+    rows: dict[str, float] = field(default_factory=dict)  # what: MiB
+    formulas: dict[str, str] = field(default_factory=dict)  # what: its arithmetic
+    phases: dict[str, list[str]] = field(default_factory=dict)  # what: when it exists
 
 
 @dataclass

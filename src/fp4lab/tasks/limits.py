@@ -6,7 +6,6 @@ The second stage, which does not depend on the worker's good will, is `supervise
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,9 @@ def preflight(shape: Qwen3Config, config: dict[str, Any], device: torch.device, 
             phase=phase,
             total_mib=need,
             limit_mib=min((b for b, _ in bounds), default=None),
-            rows=[asdict(r) for r in found.rows],
+            rows={r.what: r.mib for r in found.rows},
+            formulas={r.what: r.formula for r in found.rows},
+            phases={r.what: list(r.phases) for r in found.rows},
         )
     )
     for bound, text in bounds:
