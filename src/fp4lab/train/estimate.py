@@ -100,7 +100,7 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
     size = _BYTES[dtype]
     linears, raw = dict(shape.linears()), shape.raw()
     head = shape.linear_shape("lm_head")
-    tied = shape.tie_word_embeddings
+    tied = shape.tie_word_embeddings and kind in ("random", "hf")  # a .dat brings a head of its own, packed
     packed = {**linears, HEAD: head}
     n_packed = sum(r * c for r, c in packed.values())
     n_raw = sum(_count(s) for s in raw.values())
