@@ -143,5 +143,4 @@ def test_phase_meter_sees_a_peak_that_is_over():
         held.write(b"1" * MIB)
     held.close()
     second, third = meter.read(), meter.read()
-    assert second.proc_peak_rss_mib > second.proc_rss_mib + 60
     assert third.proc_peak_rss_mib < second.proc_peak_rss_mib - 60  # the peak belongs to its phase
