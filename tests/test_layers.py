@@ -25,7 +25,8 @@ APART = {("telemetry", "nvfp4"), ("nvfp4", "telemetry"), ("launch", "cli"), ("cl
 FILES = sorted(p for p in SRC.rglob("*.py") if p != SRC / "__init__.py")
 LIGHT = [
     *("config", "events", "errors", "launch", "cli"),
-    *("telemetry.host", "telemetry.device", "telemetry.tensor_bytes"),
+    *("telemetry.host", "telemetry.nvml", "telemetry.cgroup", "telemetry.reader", "telemetry.cuda"),
+    *("telemetry.device", "telemetry.tensor_bytes"),
     *("tracking.jsonl", "tracking.console", "tracking.wandb"),
     *("supervise.run", "supervise.client", "supervise.server"),
     *("analysis.frames", "analysis.table", "analysis.callback"),

@@ -1,14 +1,13 @@
 """Memory readings of real processes."""
 
-import mmap
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
-from fp4lab.telemetry.device import PhaseMeter
-from fp4lab.telemetry.host import MIB, machine_mib, process_tree, proportional_mib, resident_mib
+from fp4lab.telemetry.host import MIB, _tree_by_parents, machine_mib, process_tree, proportional_mib, resident_mib
 
 CHILD = """
 import subprocess, sys
@@ -101,9 +100,113 @@ def test_a_recorded_tree_with_a_child_that_died_meanwhile(tmp_path):
     recorded(tmp_path, 4, {4: "2 "})  # listed twice: counted once
     assert sorted(process_tree(1, str(tmp_path))) == [1, 2, 4]
     assert process_tree(9, str(tmp_path)) == []
+    assert sorted(process_tree([4, 9, 1], str(tmp_path))) == [1, 2, 4]
     page = os.sysconf("SC_PAGE_SIZE")
     assert resident_mib([1, 2, 3, 4], str(tmp_path)) == 3 * 10 * page / MIB
     assert resident_mib([3], str(tmp_path)) is None
+
+
+def test_a_child_that_a_reaped_sibling_hid_is_found(tmp_path, monkeypatch):
+    """While the list of 1 is read, 2 is reaped and 3 takes its place in the list, unseen."""
+    recorded(tmp_path, 1, {1: "2 "})
+    recorded(tmp_path, 3, {3: ""})
+    listdir = os.listdir
+
+    def reap(folder):
+        if folder == f"{tmp_path}/2/task":
+            (tmp_path / "1" / "task" / "1" / "children").write_text("3 ")
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", reap)
+    assert process_tree(1, str(tmp_path)) == [1, 3]
+
+
+def test_children_of_a_thread_that_ends_meanwhile_are_found(tmp_path, monkeypatch):
+    """8 ends after the threads of 1 were listed, and its child goes to thread 1, whose list has been read."""
+    recorded(tmp_path, 1, {1: "", 8: "3 "})
+    recorded(tmp_path, 3, {3: ""})
+    listdir = os.listdir
+
+    def end(folder):
+        names = listdir(folder)
+        if folder == f"{tmp_path}/1/task" and "8" in names:
+            (tmp_path / "1" / "task" / "8" / "children").unlink()
+            (tmp_path / "1" / "task" / "8").rmdir()
+            (tmp_path / "1" / "task" / "1" / "children").write_text("3 ")
+            return ["8"]  # as if 1 had been read before
+        return names
+
+    monkeypatch.setattr(os, "listdir", end)
+    assert process_tree(1, str(tmp_path)) == [1, 3]
+
+
+def test_children_of_a_process_that_dies_meanwhile_are_found(tmp_path, monkeypatch):
+    """2 becomes a zombie after the list of 1 was read, and its child goes to 1, a subreaper."""
+    recorded(tmp_path, 1, {1: "2 "})
+    recorded(tmp_path, 2, {2: ""})
+    recorded(tmp_path, 3, {3: ""})
+    (tmp_path / "2" / "stat").write_text("2 (a) b) Z 1 2")
+    listdir = os.listdir
+
+    def die(folder):
+        if folder == f"{tmp_path}/2/task":
+            (tmp_path / "1" / "task" / "1" / "children").write_text("2 3 ")
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", die)
+    assert sorted(process_tree(1, str(tmp_path))) == [1, 2, 3]
+
+
+def test_a_kernel_without_children_files(tmp_path):
+    for pid, parent in ((1, 0), (2, 1), (3, 2), (4, 1), (5, 9)):
+        (tmp_path / str(pid) / "task" / str(pid)).mkdir(parents=True)
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} (a) b) S {parent} 2")
+    assert sorted(process_tree(1, str(tmp_path))) == [1, 2, 3, 4]
+    assert sorted(process_tree([2, 5, 7], str(tmp_path))) == [2, 3, 5]
+
+
+def test_both_ways_to_the_tree_agree():
+    with subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60 & wait"], start_new_session=True) as process:
+        while len(tree := process_tree(process.pid)) < 3:
+            time.sleep(0.01)
+        assert sorted(_tree_by_parents([process.pid], "/proc")) == sorted(tree)
+        assert _tree_by_parents([1 << 30], "/proc") == []
+        os.killpg(process.pid, 9)
+
+
+def test_no_survivor_is_lost_in_a_storm_of_short_children():
+    """A process whose every thread forks children that end at once, beside one that stays: it is in every tree."""
+    code = """
+import os, subprocess, threading, time
+def storm():
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+def short():
+    stays = subprocess.Popen(["sleep", "60"])  # this thread ends: its child goes to another
+    print(stays.pid, flush=True)
+for _ in range(3):
+    threading.Thread(target=storm, daemon=True).start()
+threading.Thread(target=short).start()
+time.sleep(60)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        stays = int(process.stdout.readline())
+        lost = sum(stays not in process_tree(process.pid) for _ in range(500))
+        os.killpg(process.pid, 9)
+    assert lost == 0
+
+
+def test_a_process_that_may_not_be_read_makes_the_sum_unknown(tmp_path):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "smaps_rollup").write_text("0-1 ---p\nRss: 9 kB\nPss: 2048 kB\nPss_Dirty: 1 kB\n")
+    assert proportional_mib([1, 2], str(tmp_path)) == 2  # 2 is gone
+    (tmp_path / "2" / "smaps_rollup").mkdir(parents=True)  # cannot be opened
+    assert proportional_mib([1, 2], str(tmp_path)) is None
 
 
 def test_shared_pages_count_once_in_the_proportional_size():
@@ -130,17 +233,3 @@ def test_the_machine(tmp_path):
     assert machine_mib(str(tmp_path)) == (None, None)  # not this machine's: unknown, and not ours instead
     (tmp_path / "meminfo").write_text("MemTotal: 2048 kB\nMemFree: 9 kB\nMemAvailable: 1024 kB\n")
     assert machine_mib(str(tmp_path)) == (1, 2)
-
-
-def test_phase_meter_sees_a_peak_that_is_over():
-    meter = PhaseMeter("cpu")
-    first = meter.read()
-    if first.proc_peak_rss_mib is None:
-        pytest.skip("/proc/self/clear_refs is not writable here")
-    meter.read()
-    held = mmap.mmap(-1, 80 * MIB)  # a mapping of its own: no allocator keeps it, or had it before
-    for _ in range(80):
-        held.write(b"1" * MIB)
-    held.close()
-    second, third = meter.read(), meter.read()
-    assert third.proc_peak_rss_mib < second.proc_peak_rss_mib - 60  # the peak belongs to its phase

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _PROBE = """
 import json, torch
@@ -21,6 +23,13 @@ except (RuntimeError, AssertionError) as e:
 print(json.dumps(answer))
 """
 _DRIVER = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/nvhost-gpu"))
+_SIGNS = {
+    "out of memory": "other processes hold the GPU's memory: a context could not be made; the lines under gpu name them",
+    "no kernel image": "this torch has no kernels for this GPU: install a torch built for its architecture",
+    "error 802": "the GPUs are not ready yet (error 802): on a machine with NVSwitch nvidia-fabricmanager must run",
+    "error 803": "the driver and its libraries differ in version (error 803): reboot after an update, or rebuild the image",
+    "error 999": "the driver is in a bad state (error 999): often after a suspend; reload nvidia_uvm or reboot",
+}
 
 
 @dataclass(frozen=True)
@@ -40,20 +49,28 @@ def check_cuda(timeout_s: float = 60.0) -> CudaCheck:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return CudaCheck("warn", f"the check itself ended badly: {last}")
-    answer = json.loads(done.stdout.strip().splitlines()[-1])
-    if answer["devices"]:
-        devices = (
-            f"{name}, {total / (1 << 30):.1f} GiB" + (", one memory with the CPU" if unified else "")
-            for name, total, unified in answer["devices"]
-        )
-        return CudaCheck("ok", f"CUDA {answer['built']}: {'; '.join(devices)}")
-    driver = any(path.exists() for path in _DRIVER)
-    text = diagnose(answer["error"], answer["built"] is not None, driver, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return CudaCheck("warn" if driver else "ok", text)
+    return verdict(json.loads(done.stdout.strip().splitlines()[-1]), any(path.exists() for path in _DRIVER))
+
+
+def verdict(answer: dict[str, Any], driver_present: bool) -> CudaCheck:
+    """What the child's `answer` (built, devices, error) amounts to."""
+    text = diagnose(answer["error"], answer["built"] is not None, driver_present, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not answer["devices"]:
+        return CudaCheck("warn" if driver_present else "ok", text)
+    devices = "; ".join(
+        f"{name}, {total / (1 << 30):.1f} GiB" + (", one memory with the CPU" if unified else "")
+        for name, total, unified in answer["devices"]
+    )
+    if answer["error"]:
+        return CudaCheck("warn", f"CUDA {answer['built']}: {devices}; but not the device after: {text}")
+    return CudaCheck("ok", f"CUDA {answer['built']}: {devices}")
 
 
 def diagnose(error: str, built_for_cuda: bool, driver_present: bool, visible: str | None) -> str:
-    """What stands in the way of CUDA, and what to do, from torch's own message and what the system shows."""
+    """What stands in the way of CUDA, and what to do, from torch's own message and what the system shows.
+
+    `visible` is CUDA_VISIBLE_DEVICES. Error numbers are those of cudaError_t in the CUDA runtime's documentation.
+    """
     said = error.lower()
     if not built_for_cuda:
         advice = "install the CUDA build of the same version to use the GPU" if driver_present else "runs use the CPU"
@@ -62,7 +79,7 @@ def diagnose(error: str, built_for_cuda: bool, driver_present: bool, visible: st
         return f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU; unset it"
     if "too old" in said or "insufficient" in said:
         return f"the driver is older than this torch needs: update it, or install a torch for an older CUDA ({error})"
-    if "304" in said or "os call failed" in said or "operating system" in said:
+    if re.search(r"\berror 304\b", said) or "os call failed" in said or "operating system" in said:
         return (
             "CUDA error 304, an operating system call failed: the device nodes /dev/nvidia* are missing or may not be opened; "
             "in a container pass the GPU through (--gpus all) and look at the nodes' permissions"
@@ -71,4 +88,7 @@ def diagnose(error: str, built_for_cuda: bool, driver_present: bool, visible: st
         return "the driver sees no GPU" + ("" if driver_present else ", or is not loaded") + "; try nvidia-smi"
     if "no nvidia driver" in said or not driver_present:
         return "no NVIDIA driver is loaded: runs use the CPU"
+    for sign, meaning in _SIGNS.items():
+        if sign in said:
+            return meaning
     return f"CUDA does not start: {error.splitlines()[0] if error else 'no reason given'}"

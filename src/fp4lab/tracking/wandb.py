@@ -15,10 +15,12 @@ JOIN_S = 10.0
 _MEMORY = (
     "torch_allocated_mib",
     "torch_peak_mib",
+    "cuda_used_mib",
     "pid_mem_mib",
     "proc_rss_mib",
     "proc_peak_rss_mib",
     "mem_available_mib",
+    "cgroup_mib",
 )
 
 
