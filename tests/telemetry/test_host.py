@@ -174,33 +174,6 @@ def test_both_ways_to_the_tree_agree():
         os.killpg(process.pid, 9)
 
 
-def test_no_survivor_is_lost_in_a_storm_of_short_children():
-    """A process whose every thread forks children that end at once, beside one that stays: it is in every tree."""
-    code = """
-import os, subprocess, threading, time
-def storm():
-    while True:
-        pid = os.fork()
-        if pid == 0:
-            os._exit(0)
-        os.waitpid(pid, 0)
-def short():
-    stays = subprocess.Popen(["sleep", "60"])  # this thread ends: its child goes to another
-    print(stays.pid, flush=True)
-for _ in range(3):
-    threading.Thread(target=storm, daemon=True).start()
-threading.Thread(target=short).start()
-time.sleep(60)
-"""
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, start_new_session=True
-    ) as process:
-        stays = int(process.stdout.readline())
-        lost = sum(stays not in process_tree(process.pid) for _ in range(500))
-        os.killpg(process.pid, 9)
-    assert lost == 0
-
-
 def test_a_process_that_may_not_be_read_makes_the_sum_unknown(tmp_path):
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "smaps_rollup").write_text("0-1 ---p\nRss: 9 kB\nPss: 2048 kB\nPss_Dirty: 1 kB\n")
