@@ -35,7 +35,7 @@ StopAfter = Enum(
 Device = Enum("Device", ["auto", "cpu", "cuda"])
 DType = Enum("DType", ["auto", "float32", "bfloat16", "float16"])
 LossName = Enum("LossName", ["ce", "scalar"])
-TaskName = Enum("TaskName", ["step", "tune"])
+TaskName = Enum("TaskName", ["step", "tune", "chat", "compare", "inspect"])
 WeightsKind = Enum("WeightsKind", ["shipped", "random", "hf", "dat"])
 BackendName = Enum("BackendName", ["dense", "bridge", "fp2", "noste"])
 Activations = Enum("Activations", ["none", "nvfp4"])
@@ -44,6 +44,8 @@ StepName = Enum("StepName", ["chunked", "dense"])
 StateFormat = Enum("StateFormat", ["nvfp4", "nvfp4_two_level", "int8", "bf16", "fp32"])
 Master = Enum("Master", ["packed", "packed_stochastic", "bf16", "fp32"])
 TrackerName = Enum("TrackerName", ["offline", "online", "off"])
+OnCollapse = Enum("OnCollapse", ["end", "flag"])
+Prefill = Enum("Prefill", ["whole", "token"])
 Order = Enum("Order", ["random", "sequential"])
 Style = Enum("Style", ["official", "training"])
 Rule = Enum("Rule", ["ct", "torchao", "native", "nearest", "stochastic"])
@@ -57,7 +59,7 @@ PHASES = tuple(p.name for p in StopAfter if p is not StopAfter.none)  # in order
 
 @dataclass
 class TaskConfig:
-    """What the run does. The keys below `name` belong to task=tune."""
+    """What the run does, and the keys of one task alone (`_TASK_KEYS` says whose)."""
 
     name: TaskName = TaskName.step
     batch_size: int = 1  # rows of seq_len tokens
@@ -65,9 +67,20 @@ class TaskConfig:
     warmup_steps: int = 0
     eval_every: int = 0  # steps between held-out losses; 0 = only at the end
     log_every: int = 10  # steps between loss events
-    prompts: list[str] = field(default_factory=list)  # answered on every path at the end
-    max_tokens: int = 48  # of each answer
+    prompts: list[str] = field(default_factory=list)  # tune: answered on every path at the end; compare: the prompts
+    max_tokens: int = 24  # of each answer
     output: str | None = None  # .dat file to write at the end
+    turns: int = 1  # of the conversation: `prompt`, then `followup_prompt` again and again
+    followup_prompt: str = "continue."
+    conversation: str | None = None  # file of turns instead: .txt (one a line) or .jsonl ({"role", "content"})
+    temperature: float = 0.0  # 0: the likeliest token
+    top_p: float = 1.0  # sample from the smallest set of tokens that has this probability
+    stop_tokens: list[str] = field(default_factory=list)  # besides <|im_end|> and <|endoftext|>
+    ignore_eos: bool = False  # stop at max_tokens alone
+    turn_s: float | None = None  # longest turn
+    clean_before_turn: bool = False  # collect garbage, synchronise, empty the allocator's cache
+    on_collapse: OnCollapse = OnCollapse.end  # !!!!, logits that are not finite, repetition: end the run, or note it
+    repetition_limit: float | None = 0.9  # share of repeated 4-grams from which an answer has collapsed
 
 
 @dataclass
@@ -104,6 +117,7 @@ class KvcConfig:
     """What generation keeps between tokens and turns."""
 
     name: KvcName = KvcName.replay
+    prefill: Prefill = Prefill.whole  # the prompt in one forward, or a token at a time
 
 
 @dataclass
@@ -254,6 +268,11 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "task.eval_every": (0, True),
     "task.log_every": (1, True),
     "task.max_tokens": (1, True),
+    "task.turns": (1, True),
+    "task.temperature": (0, True),
+    "task.top_p": (0, False),
+    "task.turn_s": (0, False),
+    "task.repetition_limit": (0, False),
 }
 
 
