@@ -29,6 +29,7 @@ StopAfter = Enum(
         "forward_done",
         "backward_done",
         "optimizer_step_done",
+        "turn_done",
         "cleanup_done",
     ],
 )
@@ -80,7 +81,7 @@ class TaskConfig:
     turn_s: float | None = None  # longest turn
     clean_before_turn: bool = False  # collect garbage, synchronise, empty the allocator's cache
     on_collapse: OnCollapse = OnCollapse.end  # !!!!, logits that are not finite, repetition: end the run, or note it
-    repetition_limit: float | None = 0.9  # share of repeated 4-grams from which an answer has collapsed
+    repetition_limit: float | None = 0.8  # share of repeated 4-grams from which an answer has collapsed
 
 
 @dataclass
@@ -323,21 +324,40 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
     said = []
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0]
-        if key.split(".")[0] == "kvc":
+        if key.split(".")[0] == "kvc" and task != "chat":
             said.append(f"{override} has no effect: task={task} generates with no cache policy.")
+        elif key == "kvc.prefill" and config["kvc"]["name"] == "replay":
+            said.append(f"{override} has no effect: kvc=replay has no cache to fill.")
+        elif task == "chat" and (key.split(".")[0] == "step" or key in _TRAINING_ONLY):
+            said.append(f"{override} has no effect: task=chat trains nothing.")
         elif key.split(".")[0] == "step" and task == "step" and not trains:
             said.append(f"{override} has no effect: backend={backend} is not trained.")
         elif key in _CHUNKED_ONLY and step == "dense":
             said.append(f"{override} has no effect: step=dense is torch's AdamW on whole parameters.")
-        elif key.startswith("task.") and task == "step":
-            said.append(f"{override} has no effect in task=step.")
+        elif key.startswith("task.") and key[5:] not in ("name", *_TASK_KEYS.get(task, ())):
+            said.append(f"{override} has no effect in task={task}.")
         elif key == "backend.eval_cache" and backend != "fp2":
             said.append(f"{override} has no effect: only backend=fp2 requantises its weights.")
-        elif key == "stop_after" and task != "step":
-            said.append(f"{override} has no effect: only task=step has these phases.")
+        elif key == "stop_after" and config["stop_after"] not in ("none", *_TASK_PHASES.get(task, PHASES)):
+            said.append(f"{override} has no effect: task={task} has no such phase.")
     return said
 
 
+# task: its own keys under `task`; a task that is not listed has none
+_TASK_KEYS: dict[str, tuple[str, ...]] = {
+    "tune": ("batch_size", "schedule", "warmup_steps", "eval_every", "log_every", "prompts", "max_tokens", "output"),
+    "chat": (
+        *("turns", "followup_prompt", "conversation", "max_tokens", "temperature", "top_p", "stop_tokens", "ignore_eos"),
+        *("turn_s", "clean_before_turn", "on_collapse", "repetition_limit"),
+    ),
+}
+_LOADING = ("start", "model_loaded", "session_disposed", "post_load_compacted")
+_TASK_PHASES = {
+    "step": tuple(p for p in PHASES if p != "turn_done"),
+    "tune": ("start", "model_loaded", "batch_ready", "optimizer_step_done", "cleanup_done"),
+    "chat": (*_LOADING, "turn_done", "cleanup_done"),
+}
+_TRAINING_ONLY = ("lr", "steps", "seq_len", "loss", "data.path", "data.order")
 _CHUNKED_ONLY = {
     f"step.{k}"
     for k in (

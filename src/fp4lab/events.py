@@ -163,14 +163,23 @@ class FirstTokenDiff(Event):
 @dataclass
 class Turn(Event):
     kind: ClassVar[str] = "turn"
-    n: int = 0
+    n: int = 0  # counts from 0 in each conversation
     path: str = ""
+    kvc: str = ""
+    system: str | None = None  # message before the first turn
     prompt: str = ""
-    prompt_tokens: int = 0
-    context_tokens: int = 0
-    cache_len: int = 0
+    prompt_tokens: int = 0  # that this turn added, the opening of the answer included
+    context_tokens: int = 0  # of the conversation when the turn is over
+    template_tokens: int | None = None  # of the template's rendering of the same text
+    canonical: bool | None = None  # the context is that rendering, id by id
+    cache_len: int = 0  # tokens in the KV cache at its fullest
+    cache_mib: float | None = None  # what the KV cache has reserved
     first_token_ms: float | None = None
-    ms_per_token: float | None = None
+    ms_per_token: float | None = None  # median of the tokens after the first
+    seconds: float | None = None
+    finish: str = ""  # stop, length, time, full
+    nll: float | None = None  # mean negative log likelihood of the answer's own tokens, nats
+    repetition: float | None = None  # share of 4-grams that occurred before
     ids: list[int] = field(default_factory=list)
     text: str = ""
 

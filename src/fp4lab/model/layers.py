@@ -47,6 +47,19 @@ class KVCache:
     def capacity(self) -> int:
         return self.k.shape[3]
 
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    def grown(self, capacity: int) -> "KVCache":
+        """A copy with room for more."""
+        layers, batch, kv_heads, _, head_dim = self.k.shape
+        other = KVCache(layers, batch, kv_heads, capacity, head_dim, self.k.dtype, self.k.device)
+        for new, old in ((other.k, self.k), (other.v, self.v)):
+            new[:, :, :, : self.length] = old[:, :, :, : self.length]
+        other.length = self.length
+        return other
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores T new positions after `length` and returns all [B, K, S, D]; `advance` moves `length` after the last layer."""
         end = self.length + k.shape[2]

@@ -72,9 +72,10 @@ class SteLinear(nn.Module):
     The image is the store's own buffer: the checkpoint's codes until the master moves, then what the owner of the
     optimizer step wrote there. So B computes with exactly the codes of A and C, and nothing is quantised twice.
     `eval_cache` keeps the dequantised weight while gradients are off, until `clear_eval_cache`.
+    Without `weight` it only evaluates.
     """
 
-    def __init__(self, weight: nn.Parameter, packed: PackedTensor, activations: str = "none", eval_cache: bool = False):
+    def __init__(self, weight: nn.Parameter | None, packed: PackedTensor, activations: str = "none", eval_cache: bool = False):
         super().__init__()
         self.weight, self.packed = weight, packed
         self.activations, self.eval_cache = activations, eval_cache
@@ -94,7 +95,8 @@ class SteLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         quantised = self._quantised(x.dtype)
-        weight = _StraightThrough.apply(self.weight, quantised) if torch.is_grad_enabled() else quantised
+        train = torch.is_grad_enabled() and self.weight is not None
+        weight = _StraightThrough.apply(self.weight, quantised) if train else quantised
         rounded = _round_input(x, self.activations)
         if rounded is not x and x.requires_grad:  # straight through the activation's rounding too
             rounded = _StraightThrough.apply(x, rounded.detach())

@@ -75,19 +75,19 @@ def reference_model(store: WeightStore, dtype: torch.dtype) -> Qwen3 | None:
 def fp2_model(
     store: WeightStore,
     dtype: torch.dtype,
-    master_dtype: torch.dtype,
+    master_dtype: torch.dtype | None,
     activations: str = "none",
     eval_cache: bool = False,
     quirks: Quirks | None = None,
 ) -> Qwen3:
-    """B: float masters of its own, the store's codes in the forward."""
-    masters = _masters(store, master_dtype)
+    """B: float masters of its own, the store's codes in the forward. Without `master_dtype` it has none and only evaluates."""
+    masters = _frozen(store) if master_dtype is None else _masters(store, master_dtype)
     quirks = quirks or Quirks()
 
     def make(name: str) -> nn.Module:
         if quirks.scale_bytes_undecoded:
-            return DenseLinear(nn.Parameter(_undecoded(store.packed[name]).to(master_dtype)))
-        return SteLinear(masters[name], store.packed[name], activations, eval_cache)
+            return DenseLinear(nn.Parameter(_undecoded(store.packed[name]).to(master_dtype or dtype)))
+        return SteLinear(masters.get(name), store.packed[name], activations, eval_cache)
 
     model = Qwen3(store.config, make, masters, dtype)
     if quirks.rope_theta_1e6:

@@ -14,7 +14,7 @@ from fp4lab.errors import UserError
 from fp4lab.events import Emit, File, Note
 from fp4lab.model.bridge import Bridge
 from fp4lab.model.config import Qwen3Config
-from fp4lab.model.paths import Quirks, bridge_model, dense_model, fp2_model, noste_model, ste_linears
+from fp4lab.model.paths import Quirks, bridge_model, dense_model, fp2_model, noste_model, reference_model, ste_linears
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.model.store import WeightStore, build_store, random_weights
 from fp4lab.nvfp4 import PackedTensor, native_available, pack, repack_like
@@ -92,8 +92,11 @@ class Session:
             linear.clear_eval_cache()
 
 
-def open_session(config: dict[str, Any], emit: Emit) -> Session:
-    """Loads the model that `config` describes, reporting every file used. Raises UserError."""
+def open_session(config: dict[str, Any], emit: Emit, trains: bool = True) -> Session:
+    """Loads the model that `config` describes, reporting every file used. Raises UserError.
+
+    Without `trains` only what `backend` needs to generate is kept: no masters, and no weights of other paths.
+    """
     device = _device(config["device"])
     dtype = _dtype(config["dtype"], device)
     kind = config["weights"]["kind"]
@@ -117,13 +120,16 @@ def open_session(config: dict[str, Any], emit: Emit) -> Session:
             device=device,
             dtype=dtype,
             quantise=quantise,
-            keep_dense=kind in ("random", "hf"),
+            keep_dense=kind in ("random", "hf") and (trains or config["backend"]["name"] == "dense"),
             source=source,
         )
     for info in weights.files if weights else []:
         _report(emit, info)
     session = Session(config, shape, tokenizer, store, None, device, dtype, weights)  # type: ignore[arg-type]
-    session.model = _model(session, emit)
+    session.model = _model(session, emit, trains)
+    if not trains and config["backend"]["name"] == "dense":
+        store.packed.clear()
+        store.fused.clear()
     return session
 
 
@@ -174,7 +180,7 @@ def _tokenizer(folder: Path | None, shape: Qwen3Config, name: str, emit: Emit) -
     return tokenizer
 
 
-def _model(s: Session, emit: Emit) -> Qwen3 | Bridge:
+def _model(s: Session, emit: Emit, trains: bool) -> Qwen3 | Bridge:
     if s.native and not native_available(s.device):
         raise UserError(
             f"backend.native_fp4=true: {s.device.type} has no FP4 matrix units (sm_100 and later do); leave it false, "
@@ -194,15 +200,20 @@ def _model(s: Session, emit: Emit) -> Qwen3 | Bridge:
         return bridge_model(s.store, s.dtype, s.activations, s.native)
     if s.backend == "noste":
         return noste_model(s.store, s.dtype, s.activations, s.native)
+    eval_cache = s.config["backend"]["eval_cache"]
+    if s.backend == "dense" and s.store.dense is None:
+        emit(Note(topic="backend", text="backend=dense: the checkpoint is packed; its dequantised weights are used."))
+    if not trains:
+        if s.backend == "dense":
+            return reference_model(s.store, s.dtype) or dense_model(s.store, s.dtype)
+        return fp2_model(s.store, s.dtype, None, s.activations, eval_cache, s.quirks)
     master = s.config["step"]["master"]
     if s.config["step"]["name"] == "dense":
         master = "fp32"
     master_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(master, s.dtype)
     if s.backend == "dense":
-        if s.store.dense is None:
-            emit(Note(topic="backend", text="backend=dense: the checkpoint is packed; its dequantised weights are used."))
         return dense_model(s.store, s.dtype, master_dtype)
-    return fp2_model(s.store, s.dtype, master_dtype, s.activations, s.config["backend"]["eval_cache"], s.quirks)
+    return fp2_model(s.store, s.dtype, master_dtype, s.activations, eval_cache, s.quirks)
 
 
 def _report(emit: Emit, info: FileInfo) -> None:

@@ -56,7 +56,7 @@ class Estimate:
 
 
 def estimate(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, baseline_mib: float) -> Estimate:
-    """Memory of task=step or task=tune.
+    """Memory of task=step, task=tune or task=chat.
 
     dtype         the compute dtype, "float32", "bfloat16" or "float16"
     device        "cpu" or "cuda"
@@ -112,6 +112,9 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
     yield _row("packed codes", f"{n_packed:,} weights / 2", n_packed / 2)
     yield _row("block scales", f"{n_packed:,} weights / {BLOCK}", n_packed / BLOCK)
     yield _row("embedding and norms", f"{n_raw:,} x {size} bytes", n_raw * size)
+    if config["task"]["name"] == "chat":
+        yield from _generation(shape, config, size, packed)
+        return
     unquantised = kind in ("random", "hf")
     if unquantised:
         n_dense = n_packed - (_count(head) if tied else 0)
@@ -144,6 +147,27 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
         yield _row("scratch of a chunk", f"{_SCRATCH} x {step['chunk_rows']} x {widest} x 4 bytes", scratch, ("step",))
     elif device == "cuda":
         yield _row("foreach temporaries", f"{n:,} x {master_size} bytes", n * master_size, ("step",))
+
+
+_PROMPT = 32  # tokens a turn of a user is taken to have
+
+
+def _generation(shape: Qwen3Config, config: dict[str, Any], size: int, packed: dict[str, tuple[int, int]]) -> Iterator[Row]:
+    """What generates: the weights as the backend multiplies them, the cache, and the logits of one position."""
+    task, backend = config["task"], config["backend"]
+    n_packed, largest = sum(r * c for r, c in packed.values()), max(r * c for r, c in packed.values())
+    if backend["name"] == "dense":
+        yield _row("unquantised weights", f"{n_packed:,} x {size} bytes", n_packed * size)
+    elif backend["name"] == "fp2" and backend["eval_cache"]:
+        yield _row("dequantised weights, kept", f"{n_packed:,} x {size} bytes", n_packed * size, ("forward",))
+    else:
+        yield _row("one dequantised linear", f"{largest:,} x {size} bytes", largest * size, ("forward",))
+    tokens = task["turns"] * (_PROMPT + task["max_tokens"])
+    if config["kvc"]["name"] != "replay":
+        each = 2 * shape.kv_size * size
+        text = f"{shape.num_hidden_layers} layers x {tokens} tokens x {each:,} bytes"
+        yield _row("KV cache", text, shape.num_hidden_layers * tokens * each, ("forward",))
+    yield _row("logits", f"{shape.vocab_size:,} x {size + 4} bytes", shape.vocab_size * (size + 4), ("forward",))
 
 
 def _moments(step: dict[str, Any], trained: dict[str, Any], chunked: bool, master_size: int, device: str) -> Iterator[Row]:
