@@ -338,7 +338,7 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
             said.append(f"{override} has no effect in task={task}.")
         elif key == "backend.eval_cache" and backend != "fp2":
             said.append(f"{override} has no effect: only backend=fp2 requantises its weights.")
-        elif key == "stop_after" and config["stop_after"] not in ("none", *_TASK_PHASES.get(task, PHASES)):
+        elif key == "stop_after" and config["stop_after"] not in ("none", *TASK_PHASES.get(task, PHASES)):
             said.append(f"{override} has no effect: task={task} has no such phase.")
     return said
 
@@ -352,7 +352,7 @@ _TASK_KEYS: dict[str, tuple[str, ...]] = {
     ),
 }
 _LOADING = ("start", "model_loaded", "session_disposed", "post_load_compacted")
-_TASK_PHASES = {
+TASK_PHASES = {
     "step": tuple(p for p in PHASES if p != "turn_done"),
     "tune": ("start", "model_loaded", "batch_ready", "optimizer_step_done", "cleanup_done"),
     "chat": (*_LOADING, "turn_done", "cleanup_done"),

@@ -1,9 +1,8 @@
 """The Qwen3 graph against transformers, and the paths against each other."""
 
-import functools
-
 import pytest
 import torch
+from oracle import COMMON, SHAPES, hf_model, shape_of, store_of, weights_of
 
 from fp4lab.errors import UserError
 from fp4lab.model.config import HEAD, Qwen3Config
@@ -11,73 +10,12 @@ from fp4lab.model.paths import bridge_model, clear_eval_cache, dense_model, fp2_
 from fp4lab.model.store import build_store
 from fp4lab.nvfp4 import PackedTensor, pack, unpack
 
-SHAPES = {
-    "head_dim 128, hidden 96, 1 group": {
-        "hidden_size": 96,
-        "head_dim": 128,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-    "untied, 4 groups": {
-        "hidden_size": 64,
-        "head_dim": 16,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": False,
-    },
-    "tied, 4 groups, other theta": {
-        "hidden_size": 64,
-        "head_dim": 32,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "tie_word_embeddings": True,
-        "rope_theta": 1e4,
-    },
-}
-COMMON = {
-    "vocab_size": 96,
-    "intermediate_size": 112,
-    "num_hidden_layers": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 5e6,
-    "max_position_embeddings": 64,
-}
-
-
-def shape_of(name: str) -> Qwen3Config:
-    return Qwen3Config.from_dict({**COMMON, **SHAPES[name]})
-
 
 @pytest.fixture(params=SHAPES)
 def oracle(request):
     """(shape, transformers' model in fp32 with random norms, its weights by name)."""
-    transformers = pytest.importorskip("transformers")
-    values = {**COMMON, **SHAPES[request.param]}
-    torch.manual_seed(1)
-    config = transformers.Qwen3Config(
-        **{k: v for k, v in values.items() if k != "rope_theta"},
-        rope_parameters={"rope_type": "default", "rope_theta": values["rope_theta"]},
-        attn_implementation="sdpa",
-    )
-    model = transformers.Qwen3ForCausalLM(config).eval()
-    for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.2)
-    weights = {n: t.detach() for n, t in model.state_dict().items() if n != HEAD or not values["tie_word_embeddings"]}
-    return shape_of(request.param), model, weights
-
-
-def store_of(shape, weights, dtype=torch.float32, levels="single", keep_dense=True):
-    return build_store(
-        shape,
-        set(weights),
-        weights.__getitem__,
-        device="cpu",
-        dtype=dtype,
-        quantise=functools.partial(pack, rule="torchao", levels=levels),
-        keep_dense=keep_dense,
-        source="test",
-    )
+    model = hf_model(request.param)
+    return shape_of(request.param), model, weights_of(model)
 
 
 IDS = torch.randint(0, 96, (2, 17), generator=torch.Generator().manual_seed(0))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fp4lab.config import PHASES, check
+from fp4lab.config import TASK_PHASES, check
 from fp4lab.errors import PlannedStop, UserError
 from fp4lab.events import to_record
 from fp4lab.tasks import step, tune
@@ -27,7 +27,7 @@ def of(records, kind):
 
 def test_phases_come_in_order_and_the_paths_agree_before_and_after(compose):
     records = run(compose("seq_len=16", "step.chunk_rows=64"))
-    assert [r["name"] for r in of(records, "phase")] == list(PHASES)
+    assert [r["name"] for r in of(records, "phase")] == list(TASK_PHASES["step"])
     pairs = of(records, "first_token_diff")
     assert {(r["pair"], r["when"]) for r in pairs} == {(p, w) for p in ("A-B", "A-C", "B-C") for w in ("before", "after")}
     assert all(r["top1_equal"] and r["kl"] < 1e-6 for r in pairs)
