@@ -19,15 +19,15 @@ FLOORS = {
     "tasks": 5,
     "tracking": 6,
     **dict.fromkeys(("supervise", "analysis"), 7),
-    **dict.fromkeys(("launch", "cli"), 8),
+    **dict.fromkeys(("launch", "interactive", "cli"), 8),
 }
 APART = {("telemetry", "nvfp4"), ("nvfp4", "telemetry"), ("launch", "cli"), ("cli", "launch")}
 FILES = sorted(p for p in SRC.rglob("*.py") if p != SRC / "__init__.py")
 LIGHT = [
-    *("config", "events", "errors", "launch", "cli"),
+    *("config", "events", "errors", "launch", "interactive", "cli"),
     *("telemetry.host", "telemetry.nvml", "telemetry.cgroup", "telemetry.reader", "telemetry.cuda"),
     *("telemetry.device", "telemetry.tensor_bytes"),
-    *("tracking.jsonl", "tracking.console", "tracking.wandb"),
+    *("tracking.jsonl", "tracking.console", "tracking.chatlog", "tracking.wandb"),
     *("supervise.run", "supervise.client", "supervise.server"),
     *("analysis.frames", "analysis.table", "analysis.callback"),
 ]

@@ -106,6 +106,18 @@ def guard(
 
 
 @app.command()
+def chat(
+    overrides: Annotated[list[str] | None, typer.Argument(help="as for run.py, e.g. kvc=persistent backend=bridge")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the records; default outputs/chat_<time>")] = None,
+) -> None:
+    """Talk to a model: a line is a turn, /reset forgets, the end of input ends. With a limit: fp4lab guard -- fp4lab chat"""
+    from fp4lab.interactive import compose, talk
+
+    out = out or Path("outputs") / (time.strftime("chat_%Y-%m-%d_%H-%M-%S_") + str(os.getpid()))
+    raise typer.Exit(talk(compose(["task=chat", "kvc=persistent", *(overrides or [])], Path("conf")), out))
+
+
+@app.command()
 def doctor(
     end_stale: Annotated[bool, typer.Option("--end-stale", help="kill what dead supervisors left running")] = False,
 ) -> None:

@@ -12,6 +12,7 @@ from fp4lab.supervise.client import server
 from fp4lab.supervise.resume import finished
 from fp4lab.supervise.run import EVENTS, refused, supervise
 from fp4lab.tracking.base import Tracker
+from fp4lab.tracking.chatlog import ChatLog
 from fp4lab.tracking.console import ConsoleTracker
 from fp4lab.tracking.jsonl import JsonlTracker
 
@@ -62,7 +63,7 @@ def exit_code() -> int:
 def _trackers(
     config: dict[str, Any], out_dir: Path, sweep_dir: Path | None, choices: dict[str, str], title: str
 ) -> list[Tracker]:
-    trackers: list[Tracker] = [JsonlTracker(out_dir / EVENTS), ConsoleTracker(title)]
+    trackers: list[Tracker] = [JsonlTracker(out_dir / EVENTS), ChatLog(out_dir), ConsoleTracker(title)]
     if config["tracker"]["name"] != "off":
         from fp4lab.tracking.wandb import WandbTracker
 
