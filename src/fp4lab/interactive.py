@@ -44,8 +44,6 @@ def talk(config: dict[str, Any], out_dir: Path) -> int:
             print(text, end="", flush=True)
 
         converse.converse({**config, "out_dir": str(out_dir)}, _lines(prompt), write, ledger.emit)
-            {**config, "out_dir": str(out_dir)}, _lines(prompt), lambda text: print(text, end="", flush=True), ledger.emit
-        )
     except Collapsed as e:
         status, reason = "collapsed", str(e)
     except KeyboardInterrupt:

@@ -27,6 +27,10 @@ RESULTS = (
     "worst_pair",
     "codes_changed",
     "updates_lost",
+    "turns",
+    "context_tokens",
+    "first_token_ms",
+    "ms_per_token",
     "peak_mib",
     "peak_of",
     "slowest_phase",
@@ -90,7 +94,8 @@ def load_runs(folder: str | Path) -> "pd.DataFrame":
 
     `loss` is the held-out loss where there was one, else the last training loss; `peak_mib` (2**20 bytes) the device's peak
     where known, else the resident set's (`peak_of` says which); `worst_kl` is in nats. An option that shares its name with a
-    result is called "option NAME". Raises UserError if there are no runs.
+    result is called "option NAME". Latencies and `context_tokens` are those of the last turn of a conversation.
+    Raises UserError if there are no runs.
     """
     import pandas as pd
 
@@ -116,6 +121,7 @@ def _row(run: Path) -> dict[str, Any]:
     r = read_result(run)
     slowest, health, pairs = r.get("slowest_phase") or {}, r.get("state_health") or {}, r.get("first_token") or {}
     kl, pair = _worst(pairs)
+    turn = (r.get("turns") or [{}])[-1]
     memory, source = _peak(r)
     return {
         **_options(r.get("overrides") or []),
@@ -130,6 +136,8 @@ def _row(run: Path) -> dict[str, Any]:
         "worst_pair": pair,
         "codes_changed": health.get("code_changed"),
         "updates_lost": health.get("update_lost"),
+        "turns": len(r.get("turns") or []) or None,
+        **{k: _number(turn.get(k)) for k in ("context_tokens", "first_token_ms", "ms_per_token")},
         "peak_mib": memory,
         "peak_of": source,
         "slowest_phase": slowest.get("name"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _GREEN, _RED, _BLUE, _PALE = "#2e7d32", "#c62828", "#1f5fa8", "#bcd3ea"
+_LINES = ("-", "--", ":")  # after the ten colours are used up
 _WELL = ("completed", "stopped")
 MOST_RUNS = 48  # more panels than this cannot be read
 
@@ -43,7 +44,11 @@ def sweep_figure(folder: str | Path) -> "Figure":
         _memory(axes, row, mine, order, level, peak, label(row, runs))
     for axes in list(panels)[len(runs) :]:
         axes.set_visible(False)
-    _losses(lower.subplots(), runs)
+    turns = load_events(folder, "turn")
+    if len(turns) and (runs["trained"] == False).all():  # noqa: E712  (a column of objects)
+        _latencies(lower.subplots(1, 2), turns, runs)
+    else:
+        _losses(lower.subplots(), runs)
     return figure
 
 
@@ -61,7 +66,7 @@ def save_figure(folder: str | Path, path: str | Path) -> Path:
 def label(row: dict[str, Any], runs: "pd.DataFrame") -> str:
     """ "2: chunk_rows=32 seq_len=8": the run and what was swept of it."""
     swept, _ = options(runs)
-    given = " ".join(f"{n.rpartition('.')[2].removeprefix('option ')}={row[n]}" for n in swept)
+    given = " ".join(f"{n.rpartition('.')[2].removeprefix('option ')}={row[n]}" for n in swept if isinstance(row[n], str))
     return f"{row['run']}: {given}" if given else str(row["run"])
 
 
@@ -93,6 +98,25 @@ def _memory(
     axes.set_xlim(-0.6, max(len(order), 1) - 0.4)
     axes.tick_params(axis="y", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _latencies(panels: Any, turns: "pd.DataFrame", runs: "pd.DataFrame") -> None:
+    """By turn: time to the first token, and of each token after it. A line a run."""
+    rows = runs.to_dict("records")
+    for axes, column, title in zip(
+        panels, ("first_token_ms", "ms_per_token"), ("Time to the first token (ms)", "Each token after it (ms)"), strict=True
+    ):
+        for at, row in enumerate(rows):
+            mine = turns[turns["run"] == row["run"]]
+            style = _LINES[at // 10 % len(_LINES)]
+            axes.plot(mine["n"] + 1, mine[column].astype(float), style, marker="o", markersize=3, label=label(row, runs))
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("turn", fontsize=7)
+        axes.set_xticks(sorted(set(turns["n"] + 1)))
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _losses(axes: "Axes", runs: "pd.DataFrame") -> None:

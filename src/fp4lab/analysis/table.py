@@ -22,6 +22,7 @@ _SPARE = (
     "slowest phase",
     "trained",
 )  # left out of narrow tables, first to go first
+_ALWAYS = ("status", "loss", "peak\nMiB", "s")  # of other columns only those that some run has a value for
 _COLOURS = {"completed": "green", "stopped": "green", "unfinished": "yellow", "interrupted": "yellow"}
 
 
@@ -60,10 +61,12 @@ def _table(runs: "pd.DataFrame", without: frozenset[str]) -> "Table":
     for name in swept:
         header = _short(name, swept) if "long names" in without else name
         table.add_column(escape(header), justify="right", overflow="fold")
+    rows = runs.to_dict("records")
     kept = [c for c in _columns("first loss" not in without) if c[0] not in without]
+    kept = [c for c in kept if c[0] in _ALWAYS or any(c[2](row) for row in rows)]
     for header, justify, _ in kept:
         table.add_column(header, justify=justify, no_wrap=True)
-    for row in runs.to_dict("records"):
+    for row in rows:
         given = ("" if _missing(row[c]) else escape(str(row[c])) for c in swept)
         table.add_row(str(row["run"]), *given, *(cell(row) for _, _, cell in kept))
     return table
@@ -78,6 +81,9 @@ def _columns(first_loss: bool) -> list[tuple[str, Any, Callable[[dict[str, Any]]
         ("first\ntoken", "left", lambda r: r["first_token"]),
         ("worst\nKL", "right", _kl),
         ("codes\nmoved", "right", lambda r: _shown(r["codes_changed"], ".1%")),
+        ("context\ntokens", "right", lambda r: _shown(r["context_tokens"], ".0f")),
+        ("1st token\nms", "right", lambda r: _shown(r["first_token_ms"], ".1f")),
+        ("a token\nms", "right", lambda r: _shown(r["ms_per_token"], ".1f")),
         ("peak\nMiB", "right", lambda r: _shown(r["peak_mib"], ".0f")),
         ("slowest phase", "left", _phase),
         ("s", "right", lambda r: _shown(r["seconds"], ".1f")),

@@ -8,6 +8,8 @@ from fp4lab.events import Memory
 _CAPACITIES = ("cuda_total_mib", "mem_total_mib", "cgroup_max_mib")
 _PEAKS = [f.name for f in fields(Memory) if f.name.endswith("_mib") and f.name not in _CAPACITIES]
 
+_OF_A_TURN = ("n", "path", "prompt_tokens", "context_tokens", "cache_len", "first_token_ms", "ms_per_token", "finish")
+
 
 def peak(peaks: dict[str, float | None], reading: dict[str, Any]) -> None:
     """Takes a reading into `peaks`: the largest of each, of what is available the least."""
@@ -25,6 +27,7 @@ class Summary:
 
     def __init__(self) -> None:
         self.peaks: dict[str, float | None] = {}
+        self.turns: list[dict[str, Any]] = []
         self.losses: list[dict[str, Any]] = []
         self.slowest: dict[str, Any] | None = None
         self.phases: list[str] = []
@@ -44,6 +47,8 @@ class Summary:
                 self.slowest = {"name": record["name"], "ms": record["ms"] or 0}
         elif kind == "loss":
             self.losses.append(record)
+        elif kind == "turn":
+            self.turns.append({k: record[k] for k in _OF_A_TURN})
         elif kind == "first_token_diff":  # the last one wins: after the step, where there was one
             self.pairs[record["pair"]] = {k: v for k, v in record.items() if k not in ("t", "wall", "kind", "pair")}
         elif kind == "file":
@@ -67,6 +72,7 @@ class Summary:
             "slowest_phase": self.slowest,
             "last_phase": self.phases[-1] if self.phases else None,
             "first_token": self.pairs,
+            "turns": self.turns,
             "state_health": self.health,
             "files": self.files,
             "notes": self.notes,
