@@ -89,7 +89,12 @@ def measure(overrides: list[str], turns: int, max_tokens: int, repeat: int, memo
         session = open_session(compose([*common, *choice], Path("conf")), nothing, trains=False)
         session.dispose()
         memory.reset()
-        row = {"load_s": round(time.perf_counter() - started, 2), "loaded_mib": round(memory.now(), 1), "kvc": {}, "grow": {}}
+        row: dict[str, Any] = {
+            "load_s": round(time.perf_counter() - started, 2),
+            "loaded_mib": round(memory.now(), 1),
+            "kvc": {},
+            "grow": {},
+        }
         for kvc in KVC:
             config = compose([*common, *choice, f"kvc={kvc}"], Path("conf"))
             ours(config, session, prompts[:1])  # warm
@@ -119,13 +124,9 @@ def hf_model(session: Session) -> Any:
     import transformers
 
     shape, store = session.shape, session.store
-    values = shape.to_dict()
-    theta = values.pop("rope_theta")
-    config = transformers.Qwen3Config(
-        **values | {"tie_word_embeddings": store.tied},
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-        attn_implementation="sdpa",
-    )
+    values: dict[str, Any] = {**shape.to_dict(), "tie_word_embeddings": store.tied, "attn_implementation": "sdpa"}
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    config = transformers.Qwen3Config(**values)
     with torch.device(session.device):
         model = transformers.Qwen3ForCausalLM._from_config(config, dtype=session.dtype).eval()
     source = dict(session.model.named_parameters())  # type: ignore[union-attr]
@@ -157,7 +158,7 @@ def peer(
             context += tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
             if kvc == "prefill":
                 cache = DynamicCache()
-            stamps, answer = [time.perf_counter()], []
+            stamps, answer = [time.perf_counter()], list[int]()
             while len(answer) < max_tokens:
                 known = cache.get_seq_length() if cache is not None else 0
                 ids = torch.tensor([context[known:]], device=device)
