@@ -81,7 +81,7 @@ def difference(pair: str, dtype: torch.dtype, activations: str, a: Seen, b: Seen
     top_a, top_b = (torch.topk(x.nan_to_num(nan=-math.inf), 10).indices.tolist() for x in (logits_a, logits_b))
     union = sorted(set(top_a) | set(top_b))
     log_a, log_b = logits_a.log_softmax(-1), logits_b.log_softmax(-1)
-    allowed = expected(pair, dtype, len(layers_a), activations, logits_a)
+    allowed = expected(pair, dtype, len(layers_a), activations, (logits_a, logits_b))
     kl = max(float((log_a.exp() * (log_a - log_b)).sum()), 0.0)  # rounding can make a zero negative
     largest = float((logits_a - logits_b).abs().max())
     divergent = (i for i, (x, y) in enumerate(zip(layers_a, layers_b, strict=True)) if not apart(x, y) <= allowed.relative)

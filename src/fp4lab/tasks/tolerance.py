@@ -45,12 +45,13 @@ def relative(pair: str, dtype: torch.dtype, layers: int, activations: str) -> tu
     return min(found, 1.0), why
 
 
-def expected(pair: str, dtype: torch.dtype, layers: int, activations: str, logits: Tensor) -> Expected:
-    """`logits` [V] of the first path, fp32."""
+def expected(pair: str, dtype: torch.dtype, layers: int, activations: str, logits: tuple[Tensor, Tensor]) -> Expected:
+    """`logits`: [V] fp32 of both paths. The one with the smaller spread counts, since the other may be the broken one."""
     r, why = relative(pair, dtype, layers, activations)
-    finite = logits[logits.isfinite()]
-    if not len(finite):
-        return Expected(r, 0.0, 0.0, why)
-    s = float(finite.std())
-    largest = max(6 * s, float((finite - finite.mean()).abs().max()))
+    sizes = []
+    for x in (x[x.isfinite()] for x in logits):
+        if len(x) > 1:
+            s = float(x.std())
+            sizes.append((s, max(6 * s, float((x - x.mean()).abs().max()))))
+    s, largest = min(sizes, default=(0.0, 0.0))
     return Expected(r, 2 * (r * s) ** 2, r * largest, why)
