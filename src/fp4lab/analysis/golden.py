@@ -68,7 +68,8 @@ def differences(folder: Path, path: Path) -> list[tuple[str, str, str, str, str]
     now = observed(folder)
     if golden["weights"] != now["weights"]:
         raise UserError(
-            f"{path}: of other weights than {folder} (sha256 {golden['weights']} and {now['weights']}); save it anew"
+            f"{path}: made of weights with sha256 {golden['weights']}, {folder} of {now['weights']}; "
+            "compare runs of one file, or save it anew"
         )
     found: list[tuple[str, str, str, str, str]] = []
     mine = {(r["prompt"], r["path"]): r for r in now["first_tokens"]}
