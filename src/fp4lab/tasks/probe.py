@@ -80,7 +80,7 @@ def difference(pair: str, dtype: torch.dtype, activations: str, a: Seen, b: Seen
     (layers_a, _, logits_a), (layers_b, _, logits_b) = a, b
     top_a, top_b = (torch.topk(x.nan_to_num(nan=-math.inf), 10).indices.tolist() for x in (logits_a, logits_b))
     union = sorted(set(top_a) | set(top_b))
-    log_a, log_b = logits_a.log_softmax(-1), logits_b.log_softmax(-1)
+    log_a, log_b = logits_a.double().log_softmax(-1), logits_b.double().log_softmax(-1)  # in fp32 its own rounding shows
     allowed = expected(pair, dtype, len(layers_a), activations, (logits_a, logits_b))
     kl = max(float((log_a.exp() * (log_a - log_b)).sum()), 0.0)  # rounding can make a zero negative
     largest = float((logits_a - logits_b).abs().max())
