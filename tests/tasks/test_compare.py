@@ -63,7 +63,9 @@ def test_a_quirk_of_b_is_a_fault_of_b(compose, quirk, part):
     shape |= {"num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 5e6}
     shape |= {"max_position_embeddings": 64, "tie_word_embeddings": True}
     choices = [f"+model.config.{k}={v}" for k, v in shape.items()]
-    records = run(compose("task=compare", "weights=random", "model.path=null", *choices, f"quirk.{quirk}=true"))
+    records = run(
+        compose("task=compare", "dtype=float32", "weights=random", "model.path=null", *choices, f"quirk.{quirk}=true")
+    )
     faults = {r["pair"] for r in of(records, "first_token_diff") if r["fault"]}
     assert {"A-B", "B-C"} <= faults and "A-C" not in faults
     found = [r["part"] for r in of(records, "layer_diff") if r["pair"] == "B-C" and r["part"]]

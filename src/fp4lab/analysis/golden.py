@@ -55,7 +55,7 @@ def save(folder: Path, path: Path) -> None:
 def differences(folder: Path, path: Path) -> list[tuple[str, str, str, str, str]]:
     """(prompt, path or pair, what, golden, now) of everything beyond tolerance; empty if the run is as it was.
 
-    Tolerance is that of the golden run's own pairs of like kind: what the compute dtype's rounding explains (tasks/tolerance).
+    Tolerance is what the rounding of the compute dtypes explains, of both runs the larger (tasks/tolerance.py).
     Raises UserError for a file that is no golden comparison, or one of other weights or prompts.
     """
     try:
@@ -78,7 +78,7 @@ def differences(folder: Path, path: Path) -> list[tuple[str, str, str, str, str]
         if key not in mine:
             found.append((*key, "first token", "there", "missing"))
             continue
-        found += [(*key, *what) for what in _tokens(was, mine[key], *_rounding(golden, was["prompt"]))]
+        found += [(*key, *what) for what in _tokens(was, mine[key], *_rounding(golden, now, was["prompt"]))]
     others = {(r["prompt"], r["pair"]): r for r in now["pairs"]}
     for was in golden["pairs"]:
         is_ = others.get((was["prompt"], was["pair"]))
@@ -87,11 +87,14 @@ def differences(folder: Path, path: Path) -> list[tuple[str, str, str, str, str]
     return found
 
 
-def _rounding(golden: dict[str, Any], prompt: str) -> tuple[float, float]:
-    """(of logits, relative of hidden states) that rounding alone may change: of the closest pair of this prompt."""
-    pairs = [p for p in golden["pairs"] if p["prompt"] == prompt and p["expected_max_abs_logit"] is not None]
-    nearest = min(pairs, key=lambda p: p["expected_relative"])
-    return nearest["expected_max_abs_logit"], nearest["expected_relative"]
+def _rounding(golden: dict[str, Any], now: dict[str, Any], prompt: str) -> tuple[float, float]:
+    """(of logits, relative of hidden states) that rounding alone may change: in each run that of its closest pair; the larger."""
+    both = []
+    for run in (golden, now):
+        pairs = [p for p in run["pairs"] if p["prompt"] == prompt]
+        both.append(min((p["expected_relative"], p["expected_max_abs_logit"]) for p in pairs))
+    hidden, logit = max(both)
+    return logit, hidden
 
 
 def _tokens(was: dict[str, Any], now: dict[str, Any], logit: float, hidden: float) -> list[tuple[str, str, str]]:
