@@ -88,7 +88,7 @@ def differences(folder: Path, path: Path) -> list[tuple[str, str, str, str, str]
 
 
 def _rounding(golden: dict[str, Any], now: dict[str, Any], prompt: str) -> tuple[float, float]:
-    """(of logits, relative of hidden states) that rounding alone may change: in each run that of its closest pair; the larger."""
+    """(of logits, relative of hidden states) that rounding alone may change: in each run that of its closest pair."""
     both = []
     for run in (golden, now):
         pairs = [p for p in run["pairs"] if p["prompt"] == prompt]
