@@ -99,7 +99,7 @@ def fp2_model(
         model.rope = Rope(store.config.head_dim, 1e6, store.device)
     if quirks.no_offset_mask:
         for block in model.model.layers:
-            block.self_attn.offset_mask = False  # type: ignore[union-attr, assignment]
+            block.self_attn.offset_mask = False  # type: ignore[union-attr]
     return model
 
 
