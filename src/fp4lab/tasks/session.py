@@ -18,7 +18,7 @@ from fp4lab.model.config import Qwen3Config
 from fp4lab.model.paths import Quirks, bridge_model, dense_model, fp2_model, noste_model, reference_model, ste_linears
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.model.store import WeightStore, build_store, random_weights
-from fp4lab.nvfp4 import PackedTensor, count_changed, native_available, pack, repack_like
+from fp4lab.nvfp4 import PackedTensor, count_changed, keep_zero_signs, native_available, pack, repack_like
 from fp4lab.tasks.incidents import quirk_notes
 from fp4lab.tasks.limits import preflight
 from fp4lab.train import checks
@@ -95,6 +95,7 @@ class Session:
             if name in self.store.packed and value is None:
                 old = self.store.packed[name]
                 new = repack_like(parameter, old, rule=rule)
+                keep_zero_signs(new, old)
                 if count:
                     changed, elements = changed + count_changed(old, new), elements + parameter.numel()
                 self.store.update(name, new)
