@@ -20,8 +20,8 @@ def loss_out_of_range(loss: float, vocab_size: int) -> str | None:
     uniform = math.log(vocab_size)
     if loss > WORSE_THAN_UNIFORM * uniform:
         return (
-            f"the loss is {loss:.2f}, and guessing blindly gives ln({vocab_size}) = {uniform:.2f}: the head does not get what it "
-            "was trained on (a missing final norm does this), or training has come apart"
+            f"the loss is {loss:.2f}, and guessing blindly gives ln({vocab_size}) = {uniform:.2f}: the head does not get what "
+            "it was trained on (a missing final norm does this), or training has come apart"
         )
     return None
 
