@@ -3,6 +3,7 @@
 What is run is conf/experiment/incident_*.yaml, each choice of its sweep once, in this process.
 """
 
+import contextlib
 import csv
 import itertools
 import subprocess
@@ -48,10 +49,8 @@ def runs(compose):
     def one(*overrides: str) -> list[dict]:
         config, records = compose(*overrides), []
         check(config)
-        try:
+        with contextlib.suppress(PlannedStop):
             TASKS[config["task"]["name"]](config, lambda e: records.append(to_record(e)))
-        except PlannedStop:
-            pass
         return records
 
     return make
