@@ -18,9 +18,16 @@ def compare(
     folder: Annotated[Path, typer.Argument(help="a sweep's folder, or one run's")],
     csv: Annotated[bool, typer.Option("--csv", help="print comma-separated values, every column")] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="also write memory by phase and losses to this .png")] = None,
+    golden: Annotated[Path | None, typer.Option("--golden", help="hold a task=compare run against this file")] = None,
+    save: Annotated[bool, typer.Option("--save", help="write the --golden file instead")] = False,
 ) -> None:
-    """Runs side by side: status, loss, first-token agreement, memory, time."""
+    """Runs side by side: status, loss, first-token agreement, memory, time. With --golden, exit code 1 on a difference."""
+    if golden is not None:
+        raise typer.Exit(_golden(folder, golden, save))
+    if save:
+        raise UserError("--save writes the file that --golden names; give --golden FILE")
     from fp4lab.analysis.frames import load_runs
+    from fp4lab.analysis.paths import print_paths
     from fp4lab.analysis.table import print_runs
 
     runs = load_runs(folder)
@@ -28,21 +35,35 @@ def compare(
         runs.to_csv(sys.stdout, index=False)
     else:
         print_runs(runs)
+        print_paths(folder)
     if plot is not None:
         from fp4lab.analysis.plots import save_figure
 
         typer.echo(f"wrote {save_figure(folder, plot)}", err=True)
 
 
+def _golden(folder: Path, path: Path, save: bool) -> int:
+    from fp4lab.analysis import golden
+    from fp4lab.analysis.paths import print_differences
+
+    if save:
+        golden.save(folder, path)
+        typer.echo(f"wrote {path}")
+        return 0
+    found = golden.differences(folder, path)
+    print_differences(found)
+    return 1 if found else 0
+
+
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="a run's folder (or a sweep's), or a .dat checkpoint")]) -> None:
-    """A run: its phases, losses and reasons. A .dat checkpoint: its entries."""
-    if path.is_dir():
+def inspect(path: Annotated[Path, typer.Argument(help="a run's folder (or a sweep's), or a checkpoint")]) -> None:
+    """A run: its phases, losses and reasons. A checkpoint (.dat, or a Hugging Face folder): its entries."""
+    if path.is_file() or any(path.glob("*.safetensors")):
+        _inspect_weights(path)
+    elif path.is_dir():
         _inspect_runs(path)
-    elif path.is_file():
-        _inspect_dat(path)
     else:
-        raise UserError(f"{path}: no such file or folder; expected a run's folder or a .dat checkpoint")
+        raise UserError(f"{path}: no such file or folder; expected a run's folder or a checkpoint (.dat, or a folder)")
 
 
 def _inspect_runs(folder: Path) -> None:
@@ -59,16 +80,19 @@ def _inspect_runs(folder: Path) -> None:
             console.record({"kind": "end", **end})
 
 
-def _inspect_dat(path: Path) -> None:
-    from fp4lab.checkpoint.dat import DatFile
+def _inspect_weights(path: Path) -> None:
+    from fp4lab.checkpoint.entries import entries
 
-    with DatFile.open(path) as file:
-        entries = list(file.entries.values())
-    typer.echo(f"{'#':>5}  {'type':<18} {'dims':<18} {'bytes':>13}  key")
-    for e in entries:
-        kind = f"{e.elem_type} {str(e.dtype).removeprefix('torch.')}" if e.elem_type != 100 else "100 fp4 pairs"
-        typer.echo(f"{e.number:>5}  {kind:<18} {list(e.dims)!s:<18} {e.nbytes:>13,}  {e.key}")
-    typer.echo(f"{len(entries)} entries, {sum(e.nbytes for e in entries):,} bytes of tensors")
+    found = list(entries(path))
+    typer.echo(f"{'#':>5}  {'type':<18} {'shape':<18} {'bytes':>13}  {'scale bytes':<11}  key")
+    for e in found:
+        scale = f"{e.scale_min:#04x}-{e.scale_max:#04x}" if e.scale_min is not None else ""
+        typer.echo(f"{e.number:>5}  {e.type:<18} {list(e.shape)!s:<18} {e.nbytes:>13,}  {scale:<11}  {e.key}")
+        if e.refused:
+            typer.echo(f"{'':>5}  refused: {e.refused}")
+    pairs, refused = sum(e.pair is not None for e in found) // 2, sum(e.refused is not None for e in found)
+    typer.echo(f"{len(found)} entries, {pairs} pairs, {sum(e.nbytes for e in found):,} bytes of tensors; {refused} refused")
+    raise typer.Exit(1 if refused else 0)
 
 
 @app.command(context_settings={"allow_interspersed_args": False})

@@ -69,6 +69,7 @@ class TaskConfig:
     eval_every: int = 0  # steps between held-out losses; 0 = only at the end
     log_every: int = 10  # steps between loss events
     prompts: list[str] = field(default_factory=list)  # tune: answered on every path at the end; compare: the prompts
+    prompt_file: str | None = None  # compare: a file of prompts instead, one a line
     max_tokens: int = 24  # of each answer
     output: str | None = None  # .dat file to write at the end
     turns: int = 1  # of the conversation: `prompt`, then `followup_prompt` again and again
@@ -333,8 +334,8 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
             said.append(f"{override} has no effect: task={task} generates with no cache policy.")
         elif key == "kvc.prefill" and config["kvc"]["name"] == "replay":
             said.append(f"{override} has no effect: kvc=replay has no cache to fill.")
-        elif task == "chat" and (key.split(".")[0] == "step" or key in _TRAINING_ONLY):
-            said.append(f"{override} has no effect: task=chat trains nothing.")
+        elif task in ("chat", "compare", "inspect") and (key.split(".")[0] == "step" or key in _TRAINING_ONLY):
+            said.append(f"{override} has no effect: task={task} trains nothing.")
         elif key.split(".")[0] == "step" and task == "step" and not trains:
             said.append(f"{override} has no effect: backend={backend} is not trained.")
         elif key in _CHUNKED_ONLY and step == "dense":
@@ -351,6 +352,7 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
 # task: its own keys under `task`; a task that is not listed has none
 _TASK_KEYS: dict[str, tuple[str, ...]] = {
     "tune": ("batch_size", "schedule", "warmup_steps", "eval_every", "log_every", "prompts", "max_tokens", "output"),
+    "compare": ("prompts", "prompt_file"),
     "chat": (
         *("turns", "followup_prompt", "conversation", "max_tokens", "temperature", "top_p", "stop_tokens", "ignore_eos"),
         *("turn_s", "clean_before_turn", "on_collapse", "repetition_limit"),
@@ -360,6 +362,8 @@ _LOADING = ("start", "model_loaded", "session_disposed", "post_load_compacted")
 TASK_PHASES = {
     "step": tuple(p for p in PHASES if p != "turn_done"),
     "tune": ("start", "model_loaded", "batch_ready", "optimizer_step_done", "cleanup_done"),
+    "compare": (*_LOADING, "first_token_done", "cleanup_done"),
+    "inspect": ("start", "cleanup_done"),
     "chat": (*_LOADING, "turn_done", "cleanup_done"),
 }
 _TRAINING_ONLY = ("lr", "steps", "seq_len", "loss", "data.path", "data.order")

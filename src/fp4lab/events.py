@@ -144,6 +144,7 @@ class FirstToken(Event):
     hidden_inf: int = 0
     logits_nan: int = 0
     logits_inf: int = 0
+    layer_rms: list[float] = field(default_factory=list)  # of the last position's hidden state after each layer
     top10: list[tuple[int, float, str]] = field(default_factory=list)  # (id, logit, text)
 
 
@@ -157,7 +158,60 @@ class FirstTokenDiff(Event):
     rank_correlation: float = math.nan  # Spearman over the union of both lists
     kl: float = math.nan  # KL(first || second) of the whole distributions, nats
     max_abs_logit: float = math.nan
-    first_divergent_layer: int | None = None  # first layer whose relative difference passes 1e-3
+    prompt: str = ""
+    expected_kl: float | None = None  # what `why` explains at most, see tasks/tolerance.py
+    expected_max_abs_logit: float | None = None
+    expected_relative: float | None = None  # of hidden states
+    why: str = ""
+    fault: bool = False  # beyond what is expected, or not finite
+    first_divergent_layer: int | None = None  # first layer whose relative difference passes expected_relative
+
+
+@dataclass
+class LayerDiff(Event):
+    """Hidden states of two paths after one layer, at the last position of the prompt."""
+
+    kind: ClassVar[str] = "layer_diff"
+    pair: str = ""
+    prompt: str = ""
+    layer: int = 0
+    relative_error: float = math.nan  # |a - b| / |a|
+    cosine: float = math.nan
+    max_abs_a: float = math.nan
+    max_abs_b: float = math.nan
+    nonfinite_a: int = 0
+    nonfinite_b: int = 0
+    part: str | None = None  # in the first divergent layer: q, k, v, attention, o, gate, up or down, which parted first
+
+
+@dataclass
+class WeightDiff(Event):
+    """What path B multiplies by against what is stored, for one linear."""
+
+    kind: ClassVar[str] = "weight_diff"
+    name: str = ""
+    relative_error: float = math.nan  # |B - stored| / |stored|
+    max_abs_b: float = math.nan
+    max_abs_stored: float = math.nan
+    nonfinite: int = 0
+    master_relative_error: float | None = None  # |master - stored| / |stored|; None without a master
+    codes_equal: float | None = None  # share of FP4 codes that quantising the master again gives back
+
+
+@dataclass
+class Entry(Event):
+    """One tensor of a checkpoint file."""
+
+    kind: ClassVar[str] = "entry"
+    number: int = 0
+    key: str = ""
+    type: str = ""
+    shape: list[int] = field(default_factory=list)
+    bytes: int = 0
+    scale_min: int | None = None  # smallest and largest byte of block scales
+    scale_max: int | None = None
+    pair: str | None = None  # the entry that belongs to it
+    refused: str | None = None  # why it would not be loaded
 
 
 @dataclass
@@ -264,6 +318,9 @@ KINDS: dict[str, type[Event]] = {
         Loss,
         FirstToken,
         FirstTokenDiff,
+        LayerDiff,
+        WeightDiff,
+        Entry,
         Turn,
         StateHealth,
         MemoryEstimate,

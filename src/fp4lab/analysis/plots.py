@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp4lab.analysis.frames import load_events, load_runs
+from fp4lab.analysis.paths import draw_layers
 from fp4lab.analysis.table import options
 from fp4lab.config import PHASES
 from fp4lab.errors import UserError
@@ -31,7 +32,7 @@ def sweep_figure(folder: str | Path) -> "Figure":
     level, peak, what = _readings(phases)
     columns = min(len(runs), 3 if len(runs) in (3, 5, 6, 9) else 4)
     rows = math.ceil(len(runs) / columns)
-    figure = Figure(figsize=(max(3.2 * columns, 6.4), 2.3 * rows + 2.6), layout="constrained")
+    figure = Figure(figsize=(max(3.2 * columns, 8.0), 2.3 * rows + 2.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.3 * rows + 0.4, 2.2])[:, 0]
     upper.suptitle(
         f"{what} by phase: line at its end, bar its peak; dashed: reached after its last phase", fontsize=10, x=0.01, ha="left"
@@ -44,8 +45,10 @@ def sweep_figure(folder: str | Path) -> "Figure":
         _memory(axes, row, mine, order, level, peak, label(row, runs))
     for axes in list(panels)[len(runs) :]:
         axes.set_visible(False)
-    turns = load_events(folder, "turn")
-    if len(turns) and (runs["trained"] == False).all():  # noqa: E712  (a column of objects)
+    turns, depths = load_events(folder, "turn"), load_events(folder, "layer_diff")
+    if len(depths):
+        _layers(lower, depths, runs)
+    elif len(turns) and (runs["trained"] == False).all():  # noqa: E712  (a column of objects)
         _latencies(lower.subplots(1, 2), turns, runs)
     else:
         _losses(lower.subplots(), runs)
@@ -98,6 +101,15 @@ def _memory(
     axes.set_xlim(-0.6, max(len(order), 1) - 0.4)
     axes.tick_params(axis="y", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _layers(figure: Any, depths: "pd.DataFrame", runs: "pd.DataFrame") -> None:
+    """Relative error by layer, a panel a run that compared paths."""
+    rows = [r for r in runs.to_dict("records") if (depths["run"] == r["run"]).any()]
+    panels = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
+    figure.suptitle("Hidden states of two paths: relative error by layer, worst prompt", fontsize=10, x=0.01, ha="left")
+    for axes, row in zip(panels, rows, strict=True):
+        draw_layers(axes, depths[depths["run"] == row["run"]], label(row, runs))
 
 
 def _latencies(panels: Any, turns: "pd.DataFrame", runs: "pd.DataFrame") -> None:

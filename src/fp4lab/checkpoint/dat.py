@@ -90,6 +90,11 @@ class DatFile:
         e = self.entries[key]
         return self._map[e.offset : e.offset + e.nbytes]
 
+    def piece(self, key: str, start: int, most: int) -> bytes:
+        """At most `most` bytes of one entry from byte `start` of it."""
+        e = self.entries[key]
+        return self._map[e.offset + start : e.offset + min(start + most, e.nbytes)]
+
     def tensor(self, key: str) -> Tensor:
         """One entry as a tensor of its own dtype and dims."""
         e = self.entries[key]

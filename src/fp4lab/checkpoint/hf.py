@@ -1,6 +1,8 @@
 """A Hugging Face model folder: config.json and safetensors, in one file or several with an index. Pickle is never loaded."""
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor
 from fp4lab.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-_FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16")
 
 
 class HfDirectory:
@@ -54,13 +56,27 @@ class HfDirectory:
     def tensor(self, name: str) -> Tensor:
         """One tensor, in the dtype of the file. Raises UserError."""
         file = self._where[name]
+        try:
+            dtype = self._slice(name).get_dtype()
+            if dtype not in FLOATS:
+                raise UserError(f"{file}: {name} is {dtype}; expected one of {', '.join(FLOATS)}")
+            return self._open[file].get_tensor(name)
+        except SafetensorError as e:
+            raise UserError(f"{file}: {name} is announced by the index, but: {e}") from e
+
+    def header(self, name: str) -> tuple[str, tuple[int, ...], int]:
+        """(dtype as the file names it, shape, bytes), without reading the tensor."""
+        found = self._slice(name)
+        dtype, shape = found.get_dtype(), tuple(found.get_shape())
+        bits = int(re.sub(r"\D.*", "", dtype.lstrip("BFIUC")) or 8)  # BF16, F8_E4M3, BOOL
+        return dtype, shape, math.prod(shape) * bits // 8
+
+    def _slice(self, name: str) -> Any:
+        file = self._where[name]
         if file not in self._open:
             self._open[file] = self._handle(file)
         try:
-            dtype = self._open[file].get_slice(name).get_dtype()
-            if dtype not in _FLOATS:
-                raise UserError(f"{file}: {name} is {dtype}; expected one of {', '.join(_FLOATS)}")
-            return self._open[file].get_tensor(name)
+            return self._open[file].get_slice(name)
         except SafetensorError as e:
             raise UserError(f"{file}: {name} is announced by the index, but: {e}") from e
 

@@ -19,6 +19,7 @@ from fp4lab.nvfp4 import BLOCK, PackedTensor
 QDATA, SCALE = ".qdata", ".scale"
 # An extension of ours: the second-level scale that the reference's format lacks. Files without one are plain.
 MULTIPLY, DIVIDE = ".scale_2", ".global_scale"
+PARTS = (QDATA, SCALE, MULTIPLY, DIVIDE)
 _BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn)
 
 
@@ -149,18 +150,20 @@ def _pair(file: DatFile) -> dict[str, dict[str, DatEntry]]:
     """Logical name -> its entries, checked against each other."""
     parts: dict[str, dict[str, DatEntry]] = {}
     for key, entry in file.entries.items():
-        suffix = next((s for s in (QDATA, SCALE, MULTIPLY, DIVIDE) if key.endswith(s)), None)
+        suffix = next((s for s in PARTS if key.endswith(s)), None)
         name = key[: -len(suffix)] if suffix else key
         if "raw" in parts.setdefault(name, {}) or (suffix is None and parts[name]):
             raise _error(file, entry, f"{name} is there both packed and raw; expected one of them")
         parts[name][suffix or "raw"] = entry
     for found in parts.values():
-        if "raw" not in found:
-            _check_pair(file, found)
+        check_pair(file, found)
     return parts
 
 
-def _check_pair(file: DatFile, found: dict[str, DatEntry]) -> None:
+def check_pair(file: DatFile, found: dict[str, DatEntry]) -> None:
+    """Raises DatError unless the entries of one tensor, by suffix, fit together."""
+    if "raw" in found:
+        return
     some = next(iter(found.values()))
     for needed in (QDATA, SCALE):
         if needed not in found:

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fp4lab.chat.collapse import repetition, signs
 from fp4lab.chat.conversation import Conversation, Script, load_script
 from fp4lab.chat.generate import Answer, generate
@@ -19,6 +17,7 @@ from fp4lab.errors import Collapsed, UserError
 from fp4lab.events import Emit, FirstToken, Loss, Note, Progress, Turn
 from fp4lab.model.paths import PATHS
 from fp4lab.tasks.meter import Phases
+from fp4lab.tasks.probe import first_token
 from fp4lab.tasks.session import Session, open_session
 
 _MIB = 1 << 20
@@ -149,21 +148,11 @@ class Chat:
 
     def _first_token(self, prompt: str, ids: list[int], answer: Answer) -> FirstToken:
         """The list of this path alone: others are not loaded to generate."""
-        logits, s = answer.first_logits, self._session
-        assert logits is not None
-        top = torch.topk(logits.nan_to_num(nan=-torch.inf), min(10, len(logits)))
-        return FirstToken(
-            path=PATHS[s.backend],
-            prompt=prompt,
-            prompt_ids=ids,
-            activations="none" if s.backend == "dense" else s.activations,
-            logits_nan=int(logits.isnan().sum()),
-            logits_inf=int(logits.isinf().sum()),
-            top10=[
-                (i, x, s.tokenizer.decode([i]) if i < s.tokenizer.vocab_size else "")
-                for i, x in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            ],
-        )
+        assert answer.first_logits is not None
+        s = self._session
+        token = first_token(s.tokenizer, PATHS[s.backend], "before", prompt, ids, answer.first_logits)
+        token.activations = "none" if s.backend == "dense" else s.activations
+        return token
 
 
 def stop_ids(tokenizer: Tokenizer, more: list[str]) -> set[int]:

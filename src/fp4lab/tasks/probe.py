@@ -1,4 +1,4 @@
-"""The first-token microscope: what each path would say first, and where two paths part."""
+"""The first-token microscope: what each path would say first, and whether two paths are as near as they should be."""
 
 import itertools
 import math
@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from fp4lab.chat.template import render
+from fp4lab.chat.tokenizer import Tokenizer
 from fp4lab.events import Emit, FirstToken, FirstTokenDiff
 from fp4lab.model.paths import PATHS, bridge_model, fp2_model, noste_model, reference_model
+from fp4lab.tasks.microscope import apart, trace
 from fp4lab.tasks.session import Session
+from fp4lab.tasks.tolerance import expected
 
-DIVERGED = 1e-3  # relative difference of hidden states from which a layer counts as divergent
+Seen = tuple[list[Tensor], Tensor, Tensor]  # of microscope.trace
 
 
 def all_paths(session: Session) -> dict[str, Any]:
@@ -31,59 +34,70 @@ def all_paths(session: Session) -> dict[str, Any]:
     return {name: path for name, path in built.items() if path is not None}
 
 
-@torch.no_grad()
-def probe(session: Session, prompt: str, when: str, emit: Emit) -> None:
-    """Emits one FirstToken for each path and one FirstTokenDiff for each pair."""
-    ids = session.tokenizer.encode(render([{"role": "user", "content": prompt}]))
-    seen: dict[str, tuple[list[Tensor], Tensor]] = {}
+def prompt_ids(session: Session, prompt: str) -> list[int]:
+    """One user turn up to where the answer starts."""
+    return session.tokenizer.encode(render([{"role": "user", "content": prompt}], session.config["data"]["style"]))
+
+
+def probe(session: Session, prompt: str, when: str, emit: Emit) -> dict[str, Seen]:
+    """Emits one FirstToken for each path and one FirstTokenDiff for each pair; returns what was seen, by path."""
+    ids = prompt_ids(session, prompt)
+    seen: dict[str, Seen] = {}
     for name, path in all_paths(session).items():
-        trace: list[Tensor] = []
-        hidden = path.hidden(torch.tensor([ids], device=session.device), trace=trace)[:, -1]
-        logits = path.logits(hidden)[0]
-        seen[name] = ([x[0, -1].float() for x in trace], logits)
-        top = torch.topk(torch.nan_to_num(logits, nan=-math.inf), 10)
-        emit(
-            FirstToken(
-                path=name,
-                when=when,
-                prompt=prompt,
-                prompt_ids=ids,
-                activations="none" if name == PATHS["dense"] else session.activations,
-                hidden_nan=int(hidden.isnan().sum()),
-                hidden_inf=int(hidden.isinf().sum()),
-                logits_nan=int(logits.isnan().sum()),
-                logits_inf=int(logits.isinf().sum()),
-                top10=[
-                    (i, x, session.tokenizer.decode([i]) if i < session.tokenizer.vocab_size else "")
-                    for i, x in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-                ],
-            )
-        )
+        seen[name] = layers, hidden, logits = trace(path, ids)
+        token = first_token(session.tokenizer, name, when, prompt, ids, logits)
+        token.activations = "none" if name == PATHS["dense"] else session.activations
+        token.hidden_nan, token.hidden_inf = int(hidden.isnan().sum()), int(hidden.isinf().sum())
+        token.layer_rms = [float(x.square().mean().sqrt()) for x in layers]
+        emit(token)
     for first, second in itertools.combinations(sorted(seen), 2):
-        emit(difference(f"{first[0]}-{second[0]}", when, *seen[first], *seen[second]))
+        diff = difference(f"{first[0]}-{second[0]}", session.dtype, session.activations, seen[first], seen[second])
+        diff.when, diff.prompt = when, prompt
+        emit(diff)
+    return seen
 
 
-def difference(
-    pair: str, when: str, trace_a: list[Tensor], logits_a: Tensor, trace_b: list[Tensor], logits_b: Tensor
-) -> FirstTokenDiff:
-    """How far two paths' first tokens are apart. `trace_*`: hidden state of the last position after each layer."""
-    top_a, top_b = (torch.topk(torch.nan_to_num(x, nan=-math.inf), 10).indices.tolist() for x in (logits_a, logits_b))
+def first_token(tokenizer: Tokenizer, path: str, when: str, prompt: str, ids: list[int], logits: Tensor) -> FirstToken:
+    """The ten likeliest tokens of logits [V]."""
+    top = torch.topk(logits.nan_to_num(nan=-math.inf), min(10, len(logits)))
+    known = tokenizer.vocab_size
+    return FirstToken(
+        path=path,
+        when=when,
+        prompt=prompt,
+        prompt_ids=ids,
+        logits_nan=int(logits.isnan().sum()),
+        logits_inf=int(logits.isinf().sum()),
+        top10=[
+            (i, x, tokenizer.decode([i]) if i < known else "")
+            for i, x in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ],
+    )
+
+
+def difference(pair: str, dtype: torch.dtype, activations: str, a: Seen, b: Seen) -> FirstTokenDiff:
+    """How far two paths' first tokens are apart, and whether that is more than what sets them apart explains."""
+    (layers_a, _, logits_a), (layers_b, _, logits_b) = a, b
+    top_a, top_b = (torch.topk(x.nan_to_num(nan=-math.inf), 10).indices.tolist() for x in (logits_a, logits_b))
     union = sorted(set(top_a) | set(top_b))
-    log_a, log_b = logits_a.log_softmax(-1), logits_b.log_softmax(-1)
-    divergent = None
-    for layer, (a, b) in enumerate(zip(trace_a, trace_b, strict=True)):
-        if not float((a - b).norm()) <= DIVERGED * float(a.norm()):  # NaN diverges
-            divergent = layer
-            break
+    log_a, log_b = logits_a.double().log_softmax(-1), logits_b.double().log_softmax(-1)  # in fp32 its own rounding shows
+    allowed = expected(pair, dtype, len(layers_a), activations, (logits_a, logits_b))
+    kl = max(float((log_a.exp() * (log_a - log_b)).sum()), 0.0)  # rounding can make a zero negative
+    largest = float((logits_a - logits_b).abs().max())
+    divergent = (i for i, (x, y) in enumerate(zip(layers_a, layers_b, strict=True)) if not apart(x, y) <= allowed.relative)
     return FirstTokenDiff(
         pair=pair,
-        when=when,
         top1_equal=top_a[0] == top_b[0],
         overlap_at_10=len(set(top_a) & set(top_b)) / 10,
         rank_correlation=_spearman(logits_a[union], logits_b[union]),
-        kl=float((log_a.exp() * (log_a - log_b)).sum()),
-        max_abs_logit=float((logits_a - logits_b).abs().max()),
-        first_divergent_layer=divergent,
+        kl=kl,
+        max_abs_logit=largest,
+        expected_kl=allowed.kl,
+        expected_max_abs_logit=allowed.max_abs_logit,
+        expected_relative=allowed.relative,
+        why=allowed.why,
+        fault=not (kl <= allowed.kl and largest <= allowed.max_abs_logit),  # not-a-number is a fault
+        first_divergent_layer=next(divergent, None),
     )
 
 

@@ -92,7 +92,20 @@ def _pair(r: Record) -> str | None:
     if r["top1_equal"] and r["max_abs_logit"] == 0:
         return None  # equal to the last bit: nothing to say
     word = "same" if r["top1_equal"] else "[yellow]other[/]"
-    return f"  first token {r['pair']} ({r['when']}): {word} top-1, KL {r['kl']:.2e}, max |logit| {r['max_abs_logit']:.2e}"
+    text = f"  first token {r['pair']} ({r['when']}): {word} top-1, KL {r['kl']:.2e}, max |logit| {r['max_abs_logit']:.2e}"
+    if not r["fault"]:
+        return text
+    layer = r["first_divergent_layer"]
+    where = "" if layer is None else f", apart from layer {layer} on"
+    return f"{text}\n  [bold red]FAULT[/] {r['pair']}: expected KL <= {r['expected_kl']:.1e} ({escape(r['why'])}){where}"
+
+
+def _layer(r: Record) -> str | None:
+    if r["part"] is None:
+        return None
+    bad = r["nonfinite_a"] + r["nonfinite_b"]
+    said = f", {bad} values not finite" if bad else ""
+    return f"  layer {r['layer']} {r['pair']}: {r['part']} parted first, relative error {r['relative_error']:.2e}{said}"
 
 
 def _tokens(r: Record) -> str:
@@ -115,6 +128,7 @@ _LINES = {
     "loss": _loss,
     "first_token": _tokens,
     "first_token_diff": _pair,
+    "layer_diff": _layer,
     "turn": _turn,
     "note": lambda r: f"  [yellow]note[/] {escape(r['text'])}",
     "guard": lambda r: f"  [red]guard[/] {escape(r['reason'])}",
