@@ -246,6 +246,7 @@ class StateHealth(Event):
     saturated: dict[str, float] = field(default_factory=dict)  # w, m, v -> share of blocks whose scale is the largest
     code_changed: float | None = None  # share of weights whose stored code or scale changed
     update_lost: float | None = None  # share of nonzero updates that left the stored value as it was
+    update_kept: float | None = None  # slope of the change made on the change wanted: 1 is right on average, 0 is inertia
     max_update_over_lr: float | None = None
 
 
