@@ -379,6 +379,8 @@ def decode(line: str) -> dict[str, Any]:
             record[name] = _SPECIAL[value]
         elif isinstance(value, dict) and "float" in declared:
             record[name] = {k: _SPECIAL.get(v, v) if isinstance(v, str) else v for k, v in value.items()}
+        elif declared.startswith("list[float]") and isinstance(value, list):
+            record[name] = [_SPECIAL.get(x, x) if isinstance(x, str) else x for x in value]
         elif name == "top10" and isinstance(value, list):
             record[name] = [(i, _SPECIAL.get(x, x) if isinstance(x, str) else x, s) for i, x, s in value]
     return record

@@ -70,7 +70,8 @@ if triton is not None:
         normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
         size = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)
         size = tl.where((bits & 0x7F) == 0x7F, float("nan"), size)
-        return tl.where(bits >= 128, -size, size)
+        signed = size.to(tl.int32, bitcast=True) | ((bits & 0x80) << 24)  # -0.0 keeps its sign
+        return signed.to(tl.float32, bitcast=True)
 
     @triton.jit
     def _unpack(codes, scales, second, out, words, row_words, LEVELS: tl.constexpr, DIVIDE: tl.constexpr, WORDS: tl.constexpr):
