@@ -251,16 +251,9 @@ def test_the_sweep_runs_from_the_door(tmp_path):
 
 def test_top_p(compose):
     """After "hi" the shipped model is surer than top_p: the nucleus is its one token, or nothing."""
-    from fp4lab.chat.sampling import nucleus
-    from fp4lab.chat.template import render
-    from fp4lab.tasks.session import open_session
-
-    config = compose("+experiment=incident_top_p")
-    session = open_session(config, lambda e: None, trains=False)
-    ids = session.tokenizer.encode(render([{"role": "user", "content": config["prompt"]}]))
-    with torch.no_grad():
-        probabilities = session.model.logits(session.model.hidden(torch.tensor([ids])))[0, -1].softmax(-1)
-    assert probabilities.max() > config["task"]["top_p"]
-    assert int((nucleus(probabilities, config["task"]["top_p"]) > 0).sum()) == 1
+    records: list[dict] = []
+    chat.run(compose("+experiment=incident_top_p"), lambda e: records.append(to_record(e)))
+    (turn,) = of(records, "turn")
+    assert turn["text"]
     with pytest.raises(Collapsed, match="left no token"):
-        nucleus(probabilities, config["task"]["top_p"], can_empty=True)
+        chat.run(compose("+experiment=incident_top_p", "quirk.top_p_can_empty=true"), lambda e: None)

@@ -43,10 +43,8 @@ def _idle(quirk: str, config: dict[str, Any], shape: Qwen3Config, store: WeightS
         return "it leaves <|im_end|> out of the targets of dialogues, in task=step and task=tune"
     if quirk == "fp16_scales" and not (task["name"] == "tune" and task["output"]):
         return "it is in the file that task=tune writes to task.output"
-    if quirk == "top_p_can_empty":
-        if not (chat and task["temperature"] > 0 and task["top_p"] < 1):
-            return "a nucleus is drawn from in task=chat with task.temperature above 0 and task.top_p below 1"
-        return "task=chat does not hand it to its sampler yet"
+    if quirk == "top_p_can_empty" and not (chat and task["temperature"] > 0 and task["top_p"] < 1):
+        return "a nucleus is drawn from in task=chat with task.temperature above 0 and task.top_p below 1"
     return None
 
 

@@ -18,7 +18,7 @@ from fp4lab.model.config import Qwen3Config
 from fp4lab.model.paths import Quirks, bridge_model, dense_model, fp2_model, noste_model, reference_model, ste_linears
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.model.store import WeightStore, build_store, random_weights
-from fp4lab.nvfp4 import PackedTensor, count_changed, keep_zero_signs, native_available, pack, repack_like
+from fp4lab.nvfp4 import PackedTensor, count_changed, keep_zero_signs, kernels, native_available, pack, repack_like
 from fp4lab.tasks.incidents import quirk_notes
 from fp4lab.tasks.limits import preflight
 from fp4lab.train import checks
@@ -198,6 +198,8 @@ def _model(s: Session, emit: Emit, trains: bool) -> Qwen3 | Bridge:
             f"backend.native_fp4=true: {s.device.type} has no FP4 matrix units (sm_100 and later do); leave it false, "
             "and W4A4 is emulated"
         )
+    if s.device.type == "cuda":
+        emit(Note(topic="kernels", text=kernels.describe(s.device)))
     for note in quirk_notes(s.config, s.shape, s.store):
         emit(note)
     if s.activations == "nvfp4" and not s.native:
