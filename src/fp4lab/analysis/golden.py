@@ -57,7 +57,8 @@ def save(folder: Path, path: Path) -> None:
 def differences(folder: Path, path: Path) -> list[tuple[str, str, str, str, str]]:
     """(prompt, path or pair, what, golden, now) of everything beyond tolerance; empty if the run is as it was.
 
-    Tolerance is what the rounding of the compute dtypes explains, of both runs the larger (tasks/tolerance.py).
+    Tolerance is what the rounding of the compute dtypes explains, of both runs the larger (tasks/tolerance.py). So a file's runs
+    may differ in dtype; weights=random draws other weights in another dtype, and those are told to differ.
     Raises UserError for a file that is no golden comparison, or one of other weights or prompts.
     """
     try:
@@ -141,7 +142,7 @@ def _tokens(was: dict[str, Any], now: dict[str, Any], allowed: Rounding) -> list
 
 def _near(x: float, y: float, tolerance: float) -> bool:
     """A run that was broken is near itself: not-a-number and infinities are equal to their like."""
-    return x == y or (math.isnan(x) and math.isnan(y)) or abs(x - y) <= tolerance
+    return x == y or (math.isnan(x) and math.isnan(y)) or (math.isfinite(x - y) and abs(x - y) <= tolerance)
 
 
 def _root(x: float) -> float:

@@ -74,7 +74,7 @@ def read_prompts(config: dict[str, Any]) -> list[str]:
 def layers(
     session: Session, prompt: str, names: tuple[str, str], paths: dict[str, Any], seen: dict[str, Seen], emit: Emit
 ) -> None:
-    """One LayerDiff a layer, of the last position; the first divergent layer is computed again to tell which of its parts parted."""
+    """One LayerDiff a layer, of the last position; the first divergent one is computed again to tell which part parted."""
     pair = "-".join(n[0] for n in names)
     a, b = (seen[n][0] for n in names)
     tolerance, _ = relative(pair, session.dtype, len(a), session.activations)
