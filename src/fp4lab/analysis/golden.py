@@ -57,8 +57,8 @@ def save(folder: Path, path: Path) -> None:
 def differences(folder: Path, path: Path) -> list[tuple[str, str, str, str, str]]:
     """(prompt, path or pair, what, golden, now) of everything beyond tolerance; empty if the run is as it was.
 
-    Tolerance is what the rounding of the compute dtypes explains, of both runs the larger (tasks/tolerance.py). So a file's runs
-    may differ in dtype; weights=random draws other weights in another dtype, and those are told to differ.
+    Tolerance is what the rounding of the compute dtypes explains, of both runs the larger (tasks/tolerance.py): the dtypes may
+    differ. But weights=random draws other weights in another dtype.
     Raises UserError for a file that is no golden comparison, or one of other weights or prompts.
     """
     try:
