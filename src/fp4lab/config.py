@@ -152,6 +152,11 @@ class QuirkConfig:
     rope_theta_1e6: bool = False  # B ignores the checkpoint's rope_theta (reference 0.1)
     no_final_norm: bool = False  # loss on hidden states without the final norm (reference 0.7)
     pack_everything: bool = False  # norms and embedding optimised through FP4 too (failure 41)
+    no_offset_mask: bool = False  # B sees the future in a prefill behind a cache (reference 0.4, failure 6)
+    no_end_token: bool = False  # <|im_end|> is no target: stopping is never taught (reference 0.5, failure 25)
+    e4m3_top_nan: bool = False  # B's table holds NaN for block scales of 256 to 448 (reference 2.4, failure 37)
+    fp16_scales: bool = False  # task.output gets fp16 block scales instead of E4M3 bytes (reference 2.6, failure 28)
+    top_p_can_empty: bool = False  # the nucleus lacks the token that crosses top_p (reference 4.2, failure 39)
 
 
 @dataclass

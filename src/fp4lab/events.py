@@ -248,6 +248,7 @@ class StateHealth(Event):
     saturated: dict[str, float] = field(default_factory=dict)  # w, m, v -> share of blocks whose scale is the largest
     code_changed: float | None = None  # share of weights whose stored code or scale changed
     update_lost: float | None = None  # share of nonzero updates that left the stored value as it was
+    update_kept: float | None = None  # slope of the change made on the change wanted: 1 is right on average, 0 is inertia
     max_update_over_lr: float | None = None
 
 
@@ -380,6 +381,8 @@ def decode(line: str) -> dict[str, Any]:
             record[name] = _SPECIAL[value]
         elif isinstance(value, dict) and "float" in declared:
             record[name] = {k: _SPECIAL.get(v, v) if isinstance(v, str) else v for k, v in value.items()}
+        elif declared.startswith("list[float]") and isinstance(value, list):
+            record[name] = [_SPECIAL.get(x, x) if isinstance(x, str) else x for x in value]
         elif name == "top10" and isinstance(value, list):
             record[name] = [(i, _SPECIAL.get(x, x) if isinstance(x, str) else x, s) for i, x, s in value]
     return record

@@ -85,10 +85,9 @@ def test_float_masters(compose, overrides):
 
 def test_dense_step_equals_chunked_with_plain_state(compose):
     losses = []
+    common = ("backend=dense", "dtype=float32", "seq_len=16", "steps=3", "lr=1e-3", "step.weight_decay=0.1")
     for overrides in (["step=dense"], ["step.state=fp32", "step.master=fp32", "step.chunk_rows=16"]):
-        records = run(
-            compose("backend=dense", "dtype=float32", "seq_len=16", "steps=3", "lr=1e-3", "step.weight_decay=0.1", *overrides)
-        )
+        records = run(compose(*common, *overrides))
         losses.append([r["loss"] for r in of(records, "loss")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # the order of sums differs by thread count
 

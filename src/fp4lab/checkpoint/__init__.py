@@ -2,6 +2,6 @@
 
 from fp4lab.checkpoint.dat import DatError, DatFile, write_dat
 from fp4lab.checkpoint.hf import HfDirectory
-from fp4lab.checkpoint.load import FileInfo, Weights, open_weights, save_dat
+from fp4lab.checkpoint.load import FileInfo, Weights, open_weights, save_dat, wide_scales
 
-__all__ = ["DatError", "DatFile", "FileInfo", "HfDirectory", "Weights", "open_weights", "save_dat", "write_dat"]
+__all__ = ["DatError", "DatFile", "FileInfo", "HfDirectory", "Weights", "open_weights", "save_dat", "wide_scales", "write_dat"]

@@ -111,21 +111,33 @@ def open_weights(kind: str, path: str | Path) -> Weights:
     return DatWeights(path) if kind == "dat" else HfWeights(path)
 
 
-def save_dat(path: str | Path, tensors: dict[str, Tensor | PackedTensor]) -> FileInfo:
-    """Writes a `.dat` file, whole or not at all. Single-level packed tensors give a file of the reference's format."""
-    entries = [e for name, value in tensors.items() for e in _entries(name, value)]
+def save_dat(
+    path: str | Path, tensors: dict[str, Tensor | PackedTensor], scale_dtype: torch.dtype = torch.float8_e4m3fn
+) -> FileInfo:
+    """Writes a `.dat` file, whole or not at all. Single-level packed tensors give a file of the reference's format.
+
+    `scale_dtype` float16 writes block scales as the reference's first exporter did (quirk.fp16_scales).
+    """
+    entries = [e for name, value in tensors.items() for e in _entries(name, value, scale_dtype)]
     write_dat(path, entries, len(entries))
     return FileInfo("output", Path(path).resolve(), "dat")
 
 
-def _entries(name: str, value: Tensor | PackedTensor) -> Iterable[tuple[str, Tensor, int | None]]:
+def wide_scales(path: str | Path) -> tuple[int, int]:
+    """(entries, bytes) of the block scales in a `.dat` file that are floats of several bytes and not E4M3 bytes."""
+    with DatFile.open(path) as file:
+        wide = [e for key, e in file.entries.items() if key.endswith(SCALE) and e.dtype not in _BYTES]
+    return len(wide), sum(e.nbytes for e in wide)
+
+
+def _entries(name: str, value: Tensor | PackedTensor, scale_dtype: torch.dtype) -> Iterable[tuple[str, Tensor, int | None]]:
     if isinstance(value, Tensor):
         yield name, value, None
         return
     if len(value.shape) != 2 or value.shape[1] % BLOCK:
         raise ValueError(f"{name}: shape {list(value.shape)}; the format holds matrices of whole blocks of {BLOCK}")
     yield name + QDATA, value.codes, None
-    yield name + SCALE, value.block_scale, None
+    yield name + SCALE, value.block_scale.to(scale_dtype), None
     if value.global_scale is not None:
         yield name + (DIVIDE if value.divide else MULTIPLY), value.global_scale, None
 

@@ -73,8 +73,11 @@ class KVCache:
         self.length += tokens
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of q [B, N, T, D] over k, v [B, K, S, D], the T queries being the last of the S positions."""
+def attend(q: Tensor, k: Tensor, v: Tensor, offset_mask: bool = True) -> Tensor:
+    """Causal attention of q [B, N, T, D] over k, v [B, K, S, D], the T queries being the last of the S positions.
+
+    Without `offset_mask` several queries behind a cache see each other's future (quirk.no_offset_mask).
+    """
     t, s = q.shape[2], k.shape[2]
     groups = q.shape[1] // k.shape[1]
     if groups > 1:  # expanded here rather than by enable_gqa, which has no fast CPU kernel
@@ -82,6 +85,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if t == s:
         return F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
     mask = None  # one new token sees everything
-    if t > 1:  # an offset prefill: is_causal would align the triangle to the wrong corner (reference 0.4)
+    if t > 1 and offset_mask:  # an offset prefill: is_causal would align the triangle to the wrong corner (reference 0.4)
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(diagonal=s - t)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

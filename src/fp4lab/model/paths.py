@@ -6,6 +6,7 @@ B.fp2_ste      block graph, straight-through linears over float masters
 C.noste_graph  block graph over the packed linears of A
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from fp4lab.nvfp4 import BLOCK, PackedTensor, unpack
 
 PATHS = {"bridge": "A.infer", "fp2": "B.fp2_ste", "noste": "C.noste_graph", "dense": "R.dense"}
 TRAINABLE = ("dense", "fp2")
+E4M3_TOP_EXPONENT, E4M3_NAN = 0x78, 0x7F  # bytes 0x78..0x7E are 256..448
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Quirks:
 
     scale_bytes_undecoded: bool = False
     rope_theta_1e6: bool = False
+    no_offset_mask: bool = False
+    e4m3_top_nan: bool = False
 
 
 def _frozen(store: WeightStore) -> dict[str, nn.Parameter]:
@@ -85,13 +89,17 @@ def fp2_model(
     quirks = quirks or Quirks()
 
     def make(name: str) -> nn.Module:
-        if quirks.scale_bytes_undecoded:
-            return DenseLinear(nn.Parameter(_undecoded(store.packed[name]).to(master_dtype or dtype)))
+        wrong = _undecoded if quirks.scale_bytes_undecoded else _top_nan if quirks.e4m3_top_nan else None
+        if wrong is not None:
+            return DenseLinear(nn.Parameter(wrong(store.packed[name]).to(master_dtype or dtype)))
         return SteLinear(masters.get(name), store.packed[name], activations, eval_cache)
 
     model = Qwen3(store.config, make, masters, dtype)
     if quirks.rope_theta_1e6:
         model.rope = Rope(store.config.head_dim, 1e6, store.device)
+    if quirks.no_offset_mask:
+        for block in model.model.layers:
+            block.self_attn.offset_mask = False  # type: ignore[union-attr]
     return model
 
 
@@ -100,6 +108,13 @@ def _undecoded(p: PackedTensor) -> Tensor:
     ones = torch.full_like(p.block_scale.view(torch.uint8), 0x38).view(torch.float8_e4m3fn)  # 0x38 is 1.0
     units = unpack(PackedTensor(p.codes, ones, None, p.shape))
     return units * p.block_scale.view(torch.uint8).float().repeat_interleave(BLOCK, dim=1)
+
+
+def _top_nan(p: PackedTensor) -> Tensor:
+    """Decoded by a table that takes every E4M3 byte of exponent 15 for NaN (reference section 2.4)."""
+    byte = p.block_scale.view(torch.uint8)
+    scale = torch.where((byte & E4M3_TOP_EXPONENT) == E4M3_TOP_EXPONENT, E4M3_NAN, byte).view(torch.float8_e4m3fn)
+    return unpack(dataclasses.replace(p, block_scale=scale))
 
 
 def ste_linears(model: Qwen3) -> Iterator[tuple[str, SteLinear]]:

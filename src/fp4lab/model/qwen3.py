@@ -28,6 +28,7 @@ class Attention(nn.Module):
     def __init__(self, config: Qwen3Config, layer: int, make: MakeLinear, raw: dict[str, nn.Parameter]):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.offset_mask = True  # False: quirk.no_offset_mask
         prefix = f"model.layers.{layer}.self_attn."
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (make(f"{prefix}{s}_proj.weight") for s in "qkvo")
         self.q_norm = RMSNorm(raw[prefix + "q_norm.weight"], config.rms_norm_eps)
@@ -44,7 +45,7 @@ class Attention(nn.Module):
         v = heads(self.v_proj(x)).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        return self.o_proj(attend(q, k, v).transpose(1, 2).reshape(b, t, -1))
+        return self.o_proj(attend(q, k, v, self.offset_mask).transpose(1, 2).reshape(b, t, -1))
 
 
 class MLP(nn.Module):

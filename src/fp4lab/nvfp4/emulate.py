@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fp4lab.nvfp4.codec import pack, unpack
+from fp4lab.nvfp4.codec import pack
+from fp4lab.nvfp4.dispatch import unpack
 
 
 def quantize_activations(x: Tensor, rule: str = "torchao") -> Tensor:

@@ -64,7 +64,9 @@ class Chat:
         self._kvc = config["kvc"]["name"]
         self.conversation = Conversation(session.tokenizer, config["data"]["style"], system)
         self._stops = stop_ids(session.tokenizer, self._task["stop_tokens"]) if not self._task["ignore_eos"] else set()
-        self._sampler = Sampler(self._task["temperature"], self._task["top_p"], config["seed"])
+        self._sampler = Sampler(
+            self._task["temperature"], self._task["top_p"], config["seed"], config["quirk"]["top_p_can_empty"]
+        )
         self._policy = self._make_policy(system, expected or [])
 
     def _make_policy(self, system: str | None, expected: list[str]) -> Replay:

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from fp4lab.model.config import Qwen3Config
 from fp4lab.model.paths import Quirks, bridge_model, dense_model, fp2_model, noste_model, reference_model, ste_linears
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.model.store import WeightStore, build_store, random_weights
-from fp4lab.nvfp4 import PackedTensor, native_available, pack, repack_like
+from fp4lab.nvfp4 import PackedTensor, count_changed, keep_zero_signs, kernels, native_available, pack, repack_like
+from fp4lab.tasks.incidents import quirk_notes
 from fp4lab.tasks.limits import preflight
+from fp4lab.train import checks
+from fp4lab.train.data import Sample
 
 SHIPPED = Path("models/tiny")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,7 +56,7 @@ class Session:
     @property
     def quirks(self) -> Quirks:
         q = self.config["quirk"]
-        return Quirks(q["scale_bytes_undecoded"], q["rope_theta_1e6"])
+        return Quirks(q["scale_bytes_undecoded"], q["rope_theta_1e6"], q["no_offset_mask"], q["e4m3_top_nan"])
 
     def dispose(self) -> None:
         """Closes the checkpoint: what was mapped to load the model is let go."""
@@ -68,18 +72,20 @@ class Session:
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def publish(self, stored: dict[str, PackedTensor] | None = None) -> None:
+    def publish(self, stored: dict[str, PackedTensor] | None = None, count: bool = False) -> float | None:
         """Writes the trained weights into the store, so that every path computes with them.
 
         `stored` holds what the optimizer keeps packed; other linears are packed here from their float masters.
+        With `count` it returns the share of these that have another code or block scale now; None if there are none.
         """
         if not isinstance(self.model, Qwen3):
-            return
+            return None
         rule = self.config["weights"]["rule"]
         stored = stored or {}
         if self.backend == "fp2":
             self.store.dense = None  # the unquantised weights of the checkpoint are not this model's any more
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        changed, elements = torch.zeros((), dtype=torch.int64, device=self.device), 0
         for name, parameter in parameters.items():
             value = stored.get(name)
             if name in self.store.raw:
@@ -87,9 +93,15 @@ class Session:
             elif value is not None:
                 self.store.update(name, value)
             if name in self.store.packed and value is None:
-                self.store.update(name, repack_like(parameter, self.store.packed[name], rule=rule))
+                old = self.store.packed[name]
+                new = repack_like(parameter, old, rule=rule)
+                keep_zero_signs(new, old)
+                if count:
+                    changed, elements = changed + count_changed(old, new), elements + parameter.numel()
+                self.store.update(name, new)
         for _, linear in ste_linears(self.model):
             linear.clear_eval_cache()
+        return int(changed) / elements if elements else None
 
 
 def open_session(config: dict[str, Any], emit: Emit, trains: bool = True) -> Session:
@@ -186,9 +198,10 @@ def _model(s: Session, emit: Emit, trains: bool) -> Qwen3 | Bridge:
             f"backend.native_fp4=true: {s.device.type} has no FP4 matrix units (sm_100 and later do); leave it false, "
             "and W4A4 is emulated"
         )
-    quirks = [name for name, on in s.config["quirk"].items() if on]
-    if quirks:
-        emit(Note(topic="quirk", text=f"incidents switched on: {', '.join(quirks)}"))
+    if s.device.type == "cuda":
+        emit(Note(topic="kernels", text=kernels.describe(s.device)))
+    for note in quirk_notes(s.config, s.shape, s.store):
+        emit(note)
     if s.activations == "nvfp4" and not s.native:
         emit(
             Note(
@@ -218,6 +231,16 @@ def _model(s: Session, emit: Emit, trains: bool) -> Qwen3 | Bridge:
 
 def _report(emit: Emit, info: FileInfo) -> None:
     emit(File(role=info.role, path=str(info.path), format=info.format, bytes=info.bytes, sha256=info.sha256))
+
+
+def report_samples(session: Session, samples: Sequence[Sample], emit: Emit) -> None:
+    """Notes on what these samples do not teach."""
+    for topic, text in (
+        ("targets", checks.no_end_token(samples, session.tokenizer.im_end)),
+        ("template", checks.other_template(session.config["data"]["style"])),
+    ):
+        if text:
+            emit(Note(topic=topic, text=text))
 
 
 def report_data(path: str, emit: Emit) -> None:

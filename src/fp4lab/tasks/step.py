@@ -15,9 +15,9 @@ from fp4lab.model.paths import TRAINABLE
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.tasks.meter import Phases
 from fp4lab.tasks.probe import probe
-from fp4lab.tasks.session import Session, open_session, report_data
+from fp4lab.tasks.session import Session, open_session, report_data, report_samples
 from fp4lab.telemetry.tensor_bytes import tensor_report
-from fp4lab.train import grads
+from fp4lab.train import checks, grads
 from fp4lab.train.adamw import AdamWOptions, ChunkedAdamW
 from fp4lab.train.batches import Batch, batches
 from fp4lab.train.data import load_samples, ordered
@@ -60,6 +60,14 @@ def _train(session: Session, optimizer: "DenseAdamW | ChunkedAdamW", samples: li
     model = session.model
     assert isinstance(model, Qwen3)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    said: set[str] = set()
+
+    def say(topic: str, text: str | None) -> None:
+        """The first of a kind; every step has its numbers in StateHealth."""
+        if text and topic not in said:
+            said.add(topic)
+            emit(Note(topic=topic, text=text))
+
     for step in range(config["steps"]):
         started = time.monotonic()
         batch = samples[step % len(samples)]
@@ -71,6 +79,8 @@ def _train(session: Session, optimizer: "DenseAdamW | ChunkedAdamW", samples: li
         value = loss.item()
         if not math.isfinite(value):
             raise Diverged(f"the loss is {value} at step {step}")
+        if config["loss"] == "ce":
+            say("loss", checks.loss_out_of_range(value, session.shape.vocab_size))
         loss.backward()
         del loss
         phases.done("backward_done")
@@ -83,8 +93,13 @@ def _train(session: Session, optimizer: "DenseAdamW | ChunkedAdamW", samples: li
             norm = grads.grad_norm(parameters)
             if step_config["clip_grad"]:
                 grads.clip(parameters, norm, step_config["clip_grad"])
-        emit(optimizer.step(config["lr"]))
-        session.publish(optimizer.stored())
+        health = optimizer.step(config["lr"])
+        moved = session.publish(optimizer.stored(), count=not optimizer.stored())
+        if not optimizer.stored():  # float masters: the codes that count are those they were just packed to
+            health.code_changed = moved
+        emit(health)
+        for topic, text in checks.optimizer_step(health, config["lr"], step_config["beta1"], step_config["beta2"]).items():
+            say(topic, text)
         phases.done("optimizer_step_done")
         tokens = int((batch.targets >= 0).sum())
         ms = (time.monotonic() - started) * 1e3
@@ -119,8 +134,12 @@ def _loss(session: Session, batch: Batch) -> Tensor:
 def _batches(session: Session, emit: Emit) -> list[Batch]:
     """One sample a step, as the reference feeds them; as many as there are steps."""
     config = session.config
-    samples = load_samples(config["data"]["path"], session.tokenizer, config["seq_len"], config["data"]["style"])
-    report_data(config["data"]["path"], emit)
+    data, quirk = config["data"], config["quirk"]
+    samples = load_samples(
+        data["path"], session.tokenizer, config["seq_len"], data["style"], end_token=not quirk["no_end_token"]
+    )
+    report_data(data["path"], emit)
+    report_samples(session, samples, emit)
     if not samples:
         raise UserError(f"data.path={config['data']['path']}: no target fits into seq_len={config['seq_len']}")
     chosen = ordered(samples, config["seed"], config["data"]["order"])[: config["steps"]]

@@ -8,15 +8,15 @@ import torch
 
 from fp4lab.chat.generate import greedy
 from fp4lab.chat.template import render
-from fp4lab.checkpoint import save_dat
+from fp4lab.checkpoint import save_dat, wide_scales
 from fp4lab.errors import Diverged, UserError
-from fp4lab.events import Emit, File, Loss, Progress, Turn
+from fp4lab.events import Emit, File, Loss, Note, Progress, Turn
 from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.model.paths import TRAINABLE
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.tasks.meter import Phases
 from fp4lab.tasks.probe import all_paths, probe
-from fp4lab.tasks.session import Session, open_session, report_data
+from fp4lab.tasks.session import Session, open_session, report_data, report_samples
 from fp4lab.train.batches import IGNORE, batches
 from fp4lab.train.data import load_samples
 from fp4lab.train.loss import LOSSES, evaluate
@@ -46,10 +46,13 @@ def run(config: dict, emit: Emit) -> None:
     session.store.dense = None  # the masters take over; a copy of the start would only be stale
     session.compact()
     tokenizer, data = session.tokenizer, config["data"]
+    end_token = not config["quirk"]["no_end_token"]
     splits = {
-        split: load_samples(data["path"], tokenizer, config["seq_len"], data["style"], split) for split in ("train", "held_out")
+        split: load_samples(data["path"], tokenizer, config["seq_len"], data["style"], split, end_token)
+        for split in ("train", "held_out")
     }
     report_data(data["path"], emit)
+    report_samples(session, splits["train"], emit)
     held_out = list(batches(splits["held_out"], task["batch_size"], tokenizer.endoftext, 0, pack=False))
     train = batches(splits["train"], task["batch_size"], tokenizer.endoftext, config["seed"], epochs=None, pack=False)
     phases.done("batch_ready")
@@ -85,6 +88,10 @@ def run(config: dict, emit: Emit) -> None:
     answer(session, task["prompts"], task["max_tokens"], emit)
     if task["output"]:
         emit(write(session, Path(task["output"])))
+        wide, nbytes = wide_scales(task["output"])
+        if wide:
+            text = f"{wide} entries of block scales are floats ({nbytes} bytes); who reads E4M3 bytes reads other weights"
+            emit(Note(topic="export", text=f"{task['output']}: {text}"))
     phases.done("cleanup_done")
 
 
@@ -132,7 +139,8 @@ def write(session: Session, path: Path) -> File:
     order = [EMBEDDING, *(n for i in range(store.config.num_hidden_layers) for n in _layer(store, i))]
     order += [n for n in store.raw if n not in order and not n.startswith("model.layers.")] + [HEAD]
     tensors = {n: store.packed[n] if n in store.packed else store.raw[n].to(torch.float16) for n in order}
-    info = save_dat(path, tensors)
+    fp16 = session.config["quirk"]["fp16_scales"]
+    info = save_dat(path, tensors, torch.float16 if fp16 else torch.float8_e4m3fn)
     return File(role="output", path=str(info.path), format=info.format, bytes=info.bytes, sha256=info.sha256)
 
 

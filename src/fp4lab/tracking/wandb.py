@@ -23,6 +23,8 @@ _MEMORY = (
     "cgroup_mib",
 )
 
+_TURN = ("n", "first_token_ms", "ms_per_token", "context_tokens", "cache_len", "cache_mib", "nll", "repetition", "path")
+
 
 class WandbTracker:
     """`folder` holds the wandb directory; `config` is the resolved configuration."""
@@ -78,6 +80,7 @@ class WandbTracker:
             with wandb.init(**options, settings=settings, reinit="create_new") as run:
                 run.define_metric("phase/*", step_metric="phase/index")
                 run.define_metric("loss/*", step_metric="loss/step")
+                run.define_metric("turn/*", step_metric="turn/n")
                 status = "failed"
                 table = wandb.Table(columns=["when", "path", "rank", "id", "logit", "text"])
                 phases = 0
@@ -88,11 +91,14 @@ class WandbTracker:
                         phases += 1
                     elif kind == "loss":
                         run.log(_loss(record))
+                    elif kind == "turn":
+                        run.log({f"turn/{k}": record[k] for k in _TURN if record[k] is not None})
                     elif kind == "first_token":
                         for rank, (token, logit, text) in enumerate(record["top10"]):
                             table.add_data(record["when"], record["path"], rank, token, logit, text)
                     elif kind == "first_token_diff":
                         run.summary[f"first_token/{record['when']}/{record['pair']}/kl"] = record["kl"]
+                        run.summary[f"first_token/{record['when']}/{record['pair']}/fault"] = record["fault"]
                         run.summary[f"first_token/{record['when']}/{record['pair']}/top1_equal"] = record["top1_equal"]
                     elif kind == "end":
                         status = record["status"]

@@ -53,7 +53,14 @@ def held_out(dialogue: dict[str, Any]) -> bool:
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
-def load_samples(path: str | Path, tokenizer: Tokenizer, seq_len: int, style: str = "official", split: str = "all") -> Samples:
+def load_samples(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    style: str = "official",
+    split: str = "all",
+    end_token: bool = True,
+) -> Samples:
     """Samples of a file, or of all data files of a directory in the order of their names.
 
     Args:
@@ -61,6 +68,7 @@ def load_samples(path: str | Path, tokenizer: Tokenizer, seq_len: int, style: st
         style: rendering of `.tsv` and `.jsonl`, see `fp4lab.chat.template`.
         split: "train" leaves out and "held_out" keeps only what `held_out` selects (a `.txt` or `.tsv` line
             is judged as the dialogue it would make).
+        end_token: whether the <|im_end|> of an answer counts in the loss (False: quirk.no_end_token).
 
     Raises UserError for a missing or empty file, an unknown kind, and a malformed line (with its number).
     """
@@ -82,7 +90,7 @@ def load_samples(path: str | Path, tokenizer: Tokenizer, seq_len: int, style: st
             if file.suffix == ".txt":
                 sample = _text_sample(line, tokenizer, seq_len, where)
             else:
-                ids, counts = _dialogue_ids(dialogue, tokenizer, style, close_last=file.suffix == ".jsonl")
+                ids, counts = _dialogue_ids(dialogue, tokenizer, style, file.suffix == ".jsonl", end_token)
                 ids, counts = ids[-(seq_len + 1) :], counts[-(seq_len + 1) :]
                 sample = Sample(ids[:-1], ids[1:], counts[1:], where)
             if any(sample.loss_mask):
@@ -173,8 +181,10 @@ def _text_sample(line: str, tokenizer: Tokenizer, seq_len: int, where: str) -> S
     return Sample(ids[:length], ids[1 : length + 1], [True] * length, where)
 
 
-def _dialogue_ids(dialogue: dict[str, Any], tokenizer: Tokenizer, style: str, close_last: bool) -> tuple[list[int], list[bool]]:
-    """Ids of the rendered dialogue and which of them the assistant wrote, <|im_end|> included.
+def _dialogue_ids(
+    dialogue: dict[str, Any], tokenizer: Tokenizer, style: str, close_last: bool, end_token: bool
+) -> tuple[list[int], list[bool]]:
+    """Ids of the rendered dialogue and which of them the assistant wrote, <|im_end|> included if `end_token`.
 
     An answer is encoded apart from its opening, as generation does. `close_last`: keep the newline at the end.
     """
@@ -189,7 +199,8 @@ def _dialogue_ids(dialogue: dict[str, Any], tokenizer: Tokenizer, style: str, cl
     for message in dialogue["messages"]:
         if message["role"] == "assistant":
             add(tokenizer.encode(ASSISTANT_START), False)
-            add([*tokenizer.encode(message["content"]), tokenizer.im_end], True)
+            add(tokenizer.encode(message["content"]), True)
+            add([tokenizer.im_end], end_token)
             add(newline, False)
         else:
             add(tokenizer.encode(open_turn(message) + close_turn(message, style)), False)

@@ -27,6 +27,8 @@ class Health:
         self._changed: Tensor | int = 0
         self._wanted: Tensor | int = 0
         self._lost: Tensor | int = 0
+        self._made: Tensor | float = 0.0
+        self._asked: Tensor | float = 0.0
         self._largest: Tensor | None = None
 
     def blocks(self, kind: str, p: PackedTensor) -> None:
@@ -58,18 +60,22 @@ class Health:
         self._weights += before.numel()
         changed = after != before if rescaled is None else (after != before) | rescaled
         self._changed = self._changed + changed.count_nonzero()
-        asked = wanted != before
+        step = wanted - before
+        self._made = self._made + ((after - before) * step).sum(dtype=torch.float64)
+        self._asked = self._asked + step.square().sum(dtype=torch.float64)
+        asked = step != 0
         self._wanted = self._wanted + asked.count_nonzero()
         self._lost = self._lost + (asked & (after == before)).count_nonzero()
 
     def event(self, step: int) -> StateHealth:
         """Shares over the whole step. The only place that waits for the device."""
-        wanted = int(self._wanted)
+        wanted, asked = int(self._wanted), float(self._asked)
         return StateHealth(
             step=step,
             zero_scale={k: int(self._zero[k]) / n for k, n in self._blocks.items()},
             saturated={k: int(self._saturated[k]) / n for k, n in self._can_saturate.items()},
             code_changed=int(self._changed) / self._weights if self._weights else None,
             update_lost=int(self._lost) / wanted if wanted else None,
+            update_kept=float(self._made) / asked if asked else None,
             max_update_over_lr=None if self._largest is None else float(self._largest),
         )

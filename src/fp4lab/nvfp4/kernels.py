@@ -1,0 +1,93 @@
+"""Triton kernels of the number format. The only file that knows Triton exists; `codec` is the definition they are held to.
+
+Bit-equal to the codec on the GPU (tests/gpu/test_kernels.py). Decoding moves bits: the three bits of an E2M1 magnitude become
+exponent and mantissa of an fp32 number (subnormal for code 1, which the multiplication by 2^126 makes 0.5 exactly).
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fp4lab.nvfp4.packed import BLOCK, PackedTensor, matrix_shape
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for CPUs brings no Triton
+    triton = None
+
+WORDS = 512  # 32-bit words, of eight codes each, that one program decodes
+
+
+@functools.cache
+def available(device: torch.device) -> bool:
+    """Whether the kernels run on this device."""
+    return triton is not None and device.type == "cuda"
+
+
+def describe(device: torch.device) -> str:
+    """Which path decodes and encodes on this device, for the records."""
+    if available(device):
+        return f"NVFP4 is decoded by Triton {triton.__version__} kernels"
+    why = "the device is no GPU" if device.type != "cuda" else "Triton is not installed (pip install triton)"
+    return f"NVFP4 is decoded by plain torch operations: {why}"
+
+
+def unpack(p: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`codec.unpack` in one pass: codes and scales are read once, values written once."""
+    rows, cols = matrix_shape(p.shape)
+    padded = p.codes.shape[1] * 2
+    out = torch.empty(rows, padded, dtype=dtype, device=p.device)
+    words = out.numel() // 8
+    if words:
+        g = p.global_scale if p.global_scale is not None else out
+        grid = (triton.cdiv(words, WORDS),)
+        _unpack[grid](
+            p.codes.view(torch.int32),
+            p.block_scale.view(torch.uint8),
+            g,
+            out,
+            words,
+            padded // 8,
+            LEVELS={"single": 0, "tensor": 1, "row": 2}[p.levels],
+            DIVIDE=p.divide,
+            WORDS=WORDS,
+            num_warps=4,
+        )
+    return out[:, :cols].reshape(p.shape)
+
+
+assert BLOCK == 16, "two words share a block scale"
+
+if triton is not None:
+
+    @triton.jit
+    def _e4m3(byte):
+        """uint8 -> fp32; 0x7F and 0xFF are NaN."""
+        bits = byte.to(tl.int32)
+        exponent, mantissa = (bits >> 3) & 15, bits & 7
+        normal = (((exponent + 120) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
+        size = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.001953125, normal)
+        size = tl.where((bits & 0x7F) == 0x7F, float("nan"), size)
+        signed = size.to(tl.int32, bitcast=True) | ((bits & 0x80) << 24)  # -0.0 keeps its sign
+        return signed.to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def _unpack(codes, scales, second, out, words, row_words, LEVELS: tl.constexpr, DIVIDE: tl.constexpr, WORDS: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+        inside = at < words
+        word = tl.load(codes + at, mask=inside, other=0)
+        scale = _e4m3(tl.load(scales + at // 2, mask=inside, other=0))
+        if LEVELS == 1:
+            g = tl.load(second)
+        if LEVELS == 2:
+            g = tl.load(second + at // row_words, mask=inside, other=1.0)
+        if LEVELS > 0:
+            scale = tl.math.div_rn(scale, g) if DIVIDE else scale * g
+        lane = tl.arange(0, 8)
+        code = word[:, None] >> (4 * lane)[None, :]
+        bits = ((code & 7) << 22) | ((code & 8) << 28)
+        unit = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+        value = unit * scale[:, None]
+        tl.store(out + at[:, None] * 8 + lane[None, :], value.to(out.dtype.element_ty), mask=inside[:, None])
