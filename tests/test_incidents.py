@@ -6,6 +6,7 @@ What is run is conf/experiment/incident_*.yaml, each choice of its sweep once, i
 import contextlib
 import csv
 import itertools
+import math
 import subprocess
 import sys
 from functools import reduce
@@ -68,6 +69,10 @@ def pair(records, name):
     return of(records, "first_token_diff", pair=name)[-1]
 
 
+def faults(records) -> set[str]:
+    return {r["pair"] for r in of(records, "first_token_diff", fault=True)}
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_the_first_choice_is_the_default_and_the_incident_is_described(path):
     for key, values in sweep(path).items():
@@ -95,7 +100,8 @@ def test_scale_bytes(runs):
     """The collapse to !!!!: not a number from layer 0, in B alone."""
     off, on = runs("scale_bytes")
     assert pair(off, "B-C")["kl"] == 0 and pair(on, "A-C")["kl"] == 0
-    assert pair(on, "B-C")["first_divergent_layer"] == 0 and pair(on, "B-C")["kl"] != pair(on, "B-C")["kl"]
+    assert pair(on, "B-C")["first_divergent_layer"] == 0 and math.isnan(pair(on, "B-C")["kl"])
+    assert faults(off) == set() and faults(on) == {"A-B", "B-C"}
     for records, bad in ((off, 0), (on, 4096)):
         (b,) = of(records, "first_token", path="B.fp2_ste")
         assert b["logits_nan"] == bad
@@ -105,6 +111,7 @@ def test_rope_theta(runs):
     off, on = runs("rope_theta")
     assert pair(off, "B-C")["kl"] < 1e-6 and pair(off, "B-C")["first_divergent_layer"] is None
     assert pair(on, "A-C")["kl"] < 1e-6 and pair(on, "B-C")["kl"] > 1e-3 and pair(on, "B-C")["first_divergent_layer"] == 0
+    assert faults(off) == set() and faults(on) == {"A-B", "B-C"}
 
 
 def test_offset_mask_in_a_conversation(runs):
@@ -203,6 +210,7 @@ def test_e4m3_table(runs):
         (b,) = of(records, "first_token", path="B.fp2_ste")
         assert b["logits_nan"] == bad
     assert pair(off, "B-C")["kl"] == 0 and pair(on, "A-C")["kl"] == 0
+    assert faults(off) == set() and faults(on) == {"A-B", "B-C", "B-R"}
 
 
 def test_pack_everything(runs):

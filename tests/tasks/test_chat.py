@@ -116,7 +116,7 @@ def test_a_session_that_generates_keeps_no_masters(compose):
 
 def test_a_pipe_is_a_conversation(tmp_path):
     code = "from fp4lab.cli import main; main()"
-    command = [sys.executable, "-c", code, "chat", "--out", str(tmp_path / "c"), "backend=bridge"]
+    command = [sys.executable, "-c", code, "chat", "--out", str(tmp_path / "c"), "backend=bridge", "threads=1"]
     done = subprocess.run(command, input="hi\n\n/reset\nhi\n", capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()

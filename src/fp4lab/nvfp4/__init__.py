@@ -1,7 +1,7 @@
 """The number format: packed tensors, the reference codec, and the layouts hardware wants."""
 
+from fp4lab.nvfp4.changes import count_changed, keep_zero_signs
 from fp4lab.nvfp4.codec import LEVELS, RULES, decode_e4m3, encode_e2m1, encode_e4m3, pack, repack_like
-from fp4lab.nvfp4.compare import count_changed, keep_zero_signs
 from fp4lab.nvfp4.dispatch import unpack
 from fp4lab.nvfp4.emulate import quantize_activations
 from fp4lab.nvfp4.native import native_available, operand, scaled_fp4_matmul

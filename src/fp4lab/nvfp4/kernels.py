@@ -39,23 +39,16 @@ def unpack(p: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     rows, cols = matrix_shape(p.shape)
     padded = p.codes.shape[1] * 2
     out = torch.empty(rows, padded, dtype=dtype, device=p.device)
-    words = out.numel() // 8
+    words = rows * padded // 8
     if words:
-        g = p.global_scale if p.global_scale is not None else out
-        grid = (triton.cdiv(words, WORDS),)
-        _unpack[grid](
-            p.codes.view(torch.int32),
-            p.block_scale.view(torch.uint8),
-            g,
-            out,
-            words,
-            padded // 8,
-            LEVELS={"single": 0, "tensor": 1, "row": 2}[p.levels],
-            DIVIDE=p.divide,
-            WORDS=WORDS,
-            num_warps=4,
+        g = p.global_scale
+        levels = 0 if g is None else 1 + g.ndim // 2
+        _unpack[(-(-words // WORDS),)](
+            p.codes, p.block_scale, out if g is None else g, out, words, padded // 8, levels, p.divide, WORDS, num_warps=4
         )
-    return out[:, :cols].reshape(p.shape)
+    if cols != padded:
+        out = out[:, :cols]
+    return out if out.shape == p.shape else out.reshape(p.shape)
 
 
 assert BLOCK == 16, "two words share a block scale"
@@ -77,8 +70,8 @@ if triton is not None:
     def _unpack(codes, scales, second, out, words, row_words, LEVELS: tl.constexpr, DIVIDE: tl.constexpr, WORDS: tl.constexpr):
         at = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
         inside = at < words
-        word = tl.load(codes + at, mask=inside, other=0)
-        scale = _e4m3(tl.load(scales + at // 2, mask=inside, other=0))
+        word = tl.load(codes.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0)
+        scale = _e4m3(tl.load(scales.to(tl.pointer_type(tl.uint8)) + at // 2, mask=inside, other=0))
         if LEVELS == 1:
             g = tl.load(second)
         if LEVELS == 2:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4lab.nvfp4 import count_changed, keep_zero_signs, pack, repack_like, unpack
-from fp4lab.nvfp4.compare import ROWS
+from fp4lab.nvfp4.changes import ROWS
 
 
 def random_packed(seed, rows=5, cols=48):
