@@ -175,7 +175,8 @@ class LayerDiff(Event):
     pair: str = ""
     prompt: str = ""
     layer: int = 0
-    relative_error: float = math.nan  # |a - b| / |a|
+    relative_error: float = math.nan  # |a - b| over the smaller of |a| and |b|
+    expected: float | None = None  # of it, see tasks/tolerance.py
     cosine: float = math.nan
     max_abs_a: float = math.nan
     max_abs_b: float = math.nan
@@ -191,6 +192,7 @@ class WeightDiff(Event):
     kind: ClassVar[str] = "weight_diff"
     name: str = ""
     relative_error: float = math.nan  # |B - stored| / |stored|
+    max_abs_difference: float = math.nan  # of one weight
     max_abs_b: float = math.nan
     max_abs_stored: float = math.nan
     nonfinite: int = 0

@@ -66,6 +66,15 @@ def test_last_comparison_of_a_pair_wins():
     assert not {"t", "wall", "kind", "pair"} & set(result["first_token"]["A-C"])
 
 
+def test_of_several_prompts_the_worst_counts():
+    diffs = [FirstTokenDiff(pair="A-B", when="before", prompt=p, kl=k, fault=f) for p, k, f in (
+        ("a", 0.1, False), ("b", 0.0, True), ("c", 0.2, False), ("d", 0.05, False))]  # fmt: skip
+    assert body(*diffs)["first_token"]["A-B"]["prompt"] == "b", "a fault, however small"
+    broken = FirstTokenDiff(pair="A-B", when="before", prompt="e", kl=math.nan, fault=True)
+    assert body(broken, *diffs)["first_token"]["A-B"]["prompt"] == "e"
+    assert body(*diffs, FirstTokenDiff(pair="A-B", when="after", prompt="f", kl=0.0))["first_token"]["A-B"]["prompt"] == "f"
+
+
 def test_files_notes_and_health():
     file = {"role": "data", "path": "x", "format": "tsv", "bytes": 3, "sha256": "ab"}
     result = body(File(**file), Note(topic="t", text="one"), Note(text="two"), StateHealth(step=1), StateHealth(step=2))

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from oracle import SHAPES, hf_model, shape_of, store_of, weights_of
 
 from fp4lab.config import TASK_PHASES, check
@@ -12,7 +14,7 @@ from fp4lab.events import to_record
 from fp4lab.model.paths import bridge_model, fp2_model, noste_model, reference_model
 from fp4lab.nvfp4 import pack, unpack
 from fp4lab.tasks import compare
-from fp4lab.tasks.microscope import PARTS, first_part, layer_input, parts, trace
+from fp4lab.tasks.microscope import PARTS, apart, first_part, layer_input, parts, trace
 from fp4lab.tasks.probe import difference
 from fp4lab.tasks.tolerance import expected, relative
 
@@ -24,6 +26,14 @@ def run(config):
     check(config)
     compare.run(config, lambda e: records.append(to_record(e)))
     return records
+
+
+def small(layers):
+    """Overrides: random weights of a small shape."""
+    shape = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": layers, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 5e6, "vocab_size": 4096}
+    shape |= {"max_position_embeddings": 64, "tie_word_embeddings": True}
+    return ["weights=random", "model.path=null", *(f"+model.config.{k}={v}" for k, v in shape.items())]
 
 
 def of(records, kind):
@@ -42,7 +52,11 @@ def test_an_untouched_checkpoint_shows_no_fault(compose):
     assert all(r["cosine"] == pytest.approx(1, abs=1e-4) for r in layers)
     weights = of(records, "weight_diff")
     assert len(weights) == 43 and {r["relative_error"] for r in weights} == {0.0}
-    assert [r["step"] for r in of(records, "loss")] == [0, 1]
+    assert {r["max_abs_difference"] for r in weights} == {0.0} and {r["codes_equal"] for r in weights} == {1.0}
+    one, two, both = of(records, "loss")
+    assert (one["step"], two["step"], both["tokens"]) == (0, 1, one["tokens"] + two["tokens"])
+    mean = (one["loss"] * one["tokens"] + two["loss"] * two["tokens"]) / both["tokens"]
+    assert both["loss"] == pytest.approx(mean)
     assert all(len(r["layer_rms"]) == 6 for r in of(records, "first_token"))
 
 
@@ -59,17 +73,51 @@ def test_quantisation_is_expected_and_said_to_be_so(compose, dtype, activations)
 
 @pytest.mark.parametrize("quirk, part", [("scale_bytes_undecoded", "q"), ("rope_theta_1e6", None)])
 def test_a_quirk_of_b_is_a_fault_of_b(compose, quirk, part):
-    shape = {"hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 4096}
-    shape |= {"num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 5e6}
-    shape |= {"max_position_embeddings": 64, "tie_word_embeddings": True}
-    choices = [f"+model.config.{k}={v}" for k, v in shape.items()]
-    records = run(
-        compose("task=compare", "dtype=float32", "weights=random", "model.path=null", *choices, f"quirk.{quirk}=true")
-    )
+    records = run(compose("task=compare", "dtype=float32", *small(2), f"quirk.{quirk}=true"))
     faults = {r["pair"] for r in of(records, "first_token_diff") if r["fault"]}
     assert {"A-B", "B-C"} <= faults and "A-C" not in faults
     found = [r["part"] for r in of(records, "layer_diff") if r["pair"] == "B-C" and r["part"]]
     assert found == [part or "attention"]
+    assert max(r["max_abs_difference"] for r in of(records, "weight_diff")) > 1 or quirk == "rope_theta_1e6"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("activations", ["none", "nvfp4"])
+def test_depth_alone_is_no_fault(compose, dtype, activations):
+    """As many layers as Qwen3-4B has: the tolerances were measured at 6."""
+    records = run(compose("task=compare", *small(36), f"dtype={dtype}", f"backend.activations={activations}"))
+    diffs = of(records, "first_token_diff")
+    assert len(diffs) == 6 and not any(r["fault"] for r in diffs)
+    assert all(r["relative_error"] <= r["expected"] for r in of(records, "layer_diff"))
+
+
+def test_a_trace_holds_the_last_position_and_nothing_else(models):
+    """A slice of [T, H] would hold all of it."""
+    for path in models[1].values():
+        whole: list = []
+        with torch.no_grad():
+            path.hidden(torch.tensor([IDS]), trace=whole)
+        layers, hidden, _ = trace(path, IDS)
+        assert len(layers) == len(whole)
+        for x, full in zip(layers, whole, strict=True):
+            assert torch.equal(x, full[0, -1])
+        assert all(x.untyped_storage().nbytes() == 4 * x.numel() for x in (*layers, hidden))
+
+
+def test_the_loss_in_pieces_is_the_loss(compose, monkeypatch):
+    config = compose("task=compare", *small(2))
+    whole = of(run(config), "loss")
+    monkeypatch.setattr(compare, "_ROWS", 3)
+    pieces = of(run(config), "loss")
+    assert whole[0]["tokens"] > 6 and [r["loss"] for r in pieces] == pytest.approx([r["loss"] for r in whole], rel=1e-6)
+
+
+@given(st.floats(1e-6, 1e6), st.integers(0, 1000))
+def test_a_difference_is_the_same_both_ways(scale, seed):
+    x, y = torch.randn(2, 16, generator=torch.Generator().manual_seed(seed))
+    assert apart(x, scale * y) == pytest.approx(apart(scale * y, x))
+    assert apart(x, x) == 0 and apart(x, 1e6 * x) == pytest.approx(1e6, rel=1e-4)
+    assert apart(x, 0 * x) == math.inf and math.isnan(apart(x, math.nan * y))
 
 
 @pytest.fixture(params=SHAPES)

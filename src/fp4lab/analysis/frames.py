@@ -25,6 +25,7 @@ RESULTS = (
     "first_token",
     "worst_kl",
     "worst_pair",
+    "faults",
     "codes_changed",
     "updates_lost",
     "turns",
@@ -93,7 +94,8 @@ def load_runs(folder: str | Path) -> "pd.DataFrame":
     """One row a run: its options as given (text), then RESULTS.
 
     `loss` is the held-out loss where there was one, else the last training loss; `peak_mib` (2**20 bytes) the device's peak
-    where known, else the resident set's (`peak_of` says which); `worst_kl` is in nats. An option that shares its name with a
+    where known, else the resident set's (`peak_of` says which); `worst_kl` is in nats, `faults` counts
+    pairs that are further apart than expected. An option that shares its name with a
     result is called "option NAME". Latencies and `context_tokens` are those of the last turn of a conversation.
     Raises UserError if there are no runs.
     """
@@ -134,6 +136,7 @@ def _row(run: Path) -> dict[str, Any]:
         "first_token": agreement(pairs),
         "worst_kl": kl,
         "worst_pair": pair,
+        "faults": sum(bool(d.get("fault")) for d in pairs.values()) if pairs else None,
         "codes_changed": health.get("code_changed"),
         "updates_lost": health.get("update_lost"),
         "turns": len(r.get("turns") or []) or None,

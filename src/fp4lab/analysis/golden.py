@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fp4lab.analysis.frames import read_events, read_result, run_folders
 from fp4lab.errors import UserError
 
+_TOKEN = ("prompt", "path", "prompt_ids", "top10", "layer_rms")
 _PAIR = ("kl", "max_abs_logit", "fault", "top1_equal", "first_divergent_layer")
 _ALLOWED = ("expected_kl", "expected_max_abs_logit", "expected_relative")
 
@@ -55,12 +57,15 @@ def save(folder: Path, path: Path) -> None:
 def differences(folder: Path, path: Path) -> list[tuple[str, str, str, str, str]]:
     """(prompt, path or pair, what, golden, now) of everything beyond tolerance; empty if the run is as it was.
 
-    Tolerance is what the rounding of the compute dtypes explains, of both runs the larger (tasks/tolerance.py).
+    Tolerance is what the rounding of the compute dtypes explains, of both runs the larger (tasks/tolerance.py): the dtypes may
+    differ. But weights=random draws other weights in another dtype.
     Raises UserError for a file that is no golden comparison, or one of other weights or prompts.
     """
     try:
         golden = json.loads(path.read_text(encoding="utf-8"))
         assert golden["schema"] == 1
+        assert all(set(_TOKEN) <= set(r) for r in golden["first_tokens"])
+        assert all({"prompt", "pair", *_PAIR, *_ALLOWED} <= set(r) for r in golden["pairs"])
     except (OSError, ValueError, KeyError, AssertionError, TypeError) as e:
         raise UserError(
             f"{path}: not a golden comparison ({e!r}); make one with `fp4lab compare RUN --golden {path} --save`"
@@ -72,48 +77,76 @@ def differences(folder: Path, path: Path) -> list[tuple[str, str, str, str, str]
             "compare runs of one file, or save it anew"
         )
     found: list[tuple[str, str, str, str, str]] = []
-    mine = {(r["prompt"], r["path"]): r for r in now["first_tokens"]}
-    for was in golden["first_tokens"]:
-        key = was["prompt"], was["path"]
-        if key not in mine:
-            found.append((*key, "first token", "there", "missing"))
-            continue
-        found += [(*key, *what) for what in _tokens(was, mine[key], *_rounding(golden, now, was["prompt"]))]
-    others = {(r["prompt"], r["pair"]): r for r in now["pairs"]}
-    for was in golden["pairs"]:
-        is_ = others.get((was["prompt"], was["pair"]))
-        if is_ is not None and is_["fault"] != was["fault"]:
-            found.append((was["prompt"], was["pair"], "fault", str(was["fault"]), str(is_["fault"])))
+    for group, name, compare in (("first_tokens", "path", _tokens), ("pairs", "pair", _pairs)):
+        before = {(r["prompt"], r[name]): r for r in golden[group]}
+        after = {(r["prompt"], r[name]): r for r in now[group]}
+        for key in before | after:
+            if key in before and key in after:
+                found += [(*key, *what) for what in compare(before[key], after[key], _rounding(golden, now, key[0]))]
+            else:
+                found.append((*key, "comparison", *(("there", "missing") if key in before else ("missing", "there"))))
     return found
 
 
-def _rounding(golden: dict[str, Any], now: dict[str, Any], prompt: str) -> tuple[float, float]:
-    """(of logits, relative of hidden states) that rounding alone may change: in each run that of its closest pair."""
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding alone may change between two runs."""
+
+    hidden: float  # relative, of hidden states
+    logit: float
+    kl: float  # nats
+
+
+def _rounding(golden: dict[str, Any], now: dict[str, Any], prompt: str) -> Rounding:
+    """In each run that of its closest pair, and of both runs the larger."""
     both = []
     for run in (golden, now):
         pairs = [p for p in run["pairs"] if p["prompt"] == prompt]
-        both.append(min((p["expected_relative"], p["expected_max_abs_logit"]) for p in pairs))
-    hidden, logit = max(both)
-    return logit, hidden
+        both.append(
+            min(((p["expected_relative"], p["expected_max_abs_logit"], p["expected_kl"]) for p in pairs), default=(0.0,) * 3)
+        )
+    return Rounding(*max(both))
 
 
-def _tokens(was: dict[str, Any], now: dict[str, Any], logit: float, hidden: float) -> list[tuple[str, str, str]]:
+def _pairs(was: dict[str, Any], now: dict[str, Any], allowed: Rounding) -> list[tuple[str, str, str]]:
+    """A pair's numbers may move by what both of its paths may move; the root of a small KL is a distance."""
+    out = [(k, str(was[k]), str(now[k])) for k in ("fault",) if was[k] != now[k]]
+    for key, tolerance, scale in (("max_abs_logit", 2 * allowed.logit, float), ("kl", 2 * math.sqrt(allowed.kl), _root)):
+        x, y = _number(was[key]), _number(now[key])
+        if not _near(scale(x), scale(y), tolerance):
+            out.append((key, f"{x:.6g}", f"{y:.6g}"))
+    return out
+
+
+def _tokens(was: dict[str, Any], now: dict[str, Any], allowed: Rounding) -> list[tuple[str, str, str]]:
     if was["prompt_ids"] != now["prompt_ids"]:
         return [("prompt ids", str(was["prompt_ids"]), str(now["prompt_ids"]))]
-    out = []
+    out, logit = [], allowed.logit
     logits = dict(map(tuple, now["top10"]))
-    lowest = min(_number(x) for x in logits.values())
+    lowest = min((_number(x) for x in logits.values()), default=math.nan)
     for rank, (token, value) in enumerate(was["top10"]):
         before, after = _number(value), _number(logits.get(token))
-        if token in logits and not abs(after - before) <= logit:
+        if token in logits and not _near(before, after, logit):
             out.append((f"logit of id {token}", f"{before:.6g}", f"{after:.6g}"))
         elif token not in logits and not before - lowest <= 2 * logit:  # it may have changed places with the eleventh
             out.append((f"id {token}, place {rank + 1}", f"{before:.6g}", "not in the ten likeliest"))
-    for layer, (x, y) in enumerate(zip(was["layer_rms"], now["layer_rms"], strict=False)):
-        if not abs(_number(y) - _number(x)) <= hidden * abs(_number(x)):
-            out.append((f"size of layer {layer}", f"{_number(x):.6g}", f"{_number(y):.6g}"))
-            break
+    sizes = [[_number(x) for x in run["layer_rms"]] for run in (was, now)]
+    if len(sizes[0]) != len(sizes[1]):
+        return [*out, ("layers", str(len(sizes[0])), str(len(sizes[1])))]
+    for layer, (x, y) in enumerate(zip(*sizes, strict=True)):
+        if not _near(x, y, allowed.hidden * abs(x)):
+            out.append((f"size of layer {layer}", f"{x:.6g}", f"{y:.6g}"))
+            break  # what follows it follows from it
     return out
+
+
+def _near(x: float, y: float, tolerance: float) -> bool:
+    """A run that was broken is near itself: not-a-number and infinities are equal to their like."""
+    return x == y or (math.isnan(x) and math.isnan(y)) or (math.isfinite(x - y) and abs(x - y) <= tolerance)
+
+
+def _root(x: float) -> float:
+    return math.sqrt(x) if x >= 0 else x
 
 
 def _plain(x: Any) -> Any:

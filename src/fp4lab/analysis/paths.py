@@ -10,7 +10,14 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-_COLOURS = {"A-B": "#1f5fa8", "A-C": "#7fa8d6", "B-C": "#2e7d32", "A-R": "#c62828", "B-R": "#e08a2e", "C-R": "#8e5ea2"}
+_LINES = {  # colour, dashes, marker: pairs often lie on each other, so the later ones leave gaps
+    "A-B": ("#1f5fa8", "-", "o"),
+    "A-C": ("#7fa8d6", "--", "s"),
+    "B-C": ("#2e7d32", ":", "^"),
+    "A-R": ("#c62828", "-", "o"),
+    "B-R": ("#e08a2e", "--", "s"),
+    "C-R": ("#8e5ea2", ":", "^"),
+}
 
 
 def print_paths(folder: Path) -> None:
@@ -113,15 +120,25 @@ def print_differences(found: list[tuple[str, str, str, str, str]]) -> None:
 
 
 def draw_layers(axes: "Axes", records: "pd.DataFrame", title: str) -> None:
-    """Relative error of the hidden states by layer, a line a pair, the worst prompt; pairs that are equal are left out."""
-    drawn = 0
+    """Relative error of the hidden states by layer, a line a pair, the worst prompt; pairs that are equal are left out.
+
+    A short line at the right is what is expected of the pair at most.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    drawn, last = 0, int(records["layer"].max())
     for pair, rows in records.groupby("pair"):
         worst = rows.groupby("layer")["relative_error"].max().astype(float)
         if (worst > 0).any():
-            axes.plot(worst.index, worst, marker="o", markersize=3, color=_COLOURS.get(str(pair)), label=str(pair))
+            colour, dashes, marker = _LINES[str(pair)]
+            axes.plot(worst.index, worst, dashes, marker=marker, markersize=3.5, color=colour, label=str(pair))
+            expected = float(rows["expected"].max())
+            axes.plot([last + 0.3, last + 0.8], [expected] * 2, color=colour, linewidth=2.5, solid_capstyle="butt")
             drawn += 1
     axes.set_title(title, fontsize=8, loc="left")
-    axes.set_xlabel("layer", fontsize=7)
+    axes.set_xlabel("layer; at the right: expected at most" if drawn else "layer", fontsize=7)
+    axes.set_xlim(-0.3, last + 0.9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     if drawn:

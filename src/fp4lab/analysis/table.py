@@ -78,7 +78,7 @@ def _columns(first_loss: bool) -> list[tuple[str, Any, Callable[[dict[str, Any]]
         ("status", "left", lambda r: f"[{_COLOURS.get(r['status'], 'red')}]{r['status']}[/]"),
         ("loss", "right", lambda r: _loss(r, first_loss)),
         ("trained", "left", lambda r: "" if _missing(r["trained"]) else "yes" if r["trained"] else "no"),
-        ("first\ntoken", "left", lambda r: r["first_token"]),
+        ("first\ntoken", "left", _agreement),
         ("worst\nKL", "right", _kl),
         ("codes\nmoved", "right", lambda r: _shown(r["codes_changed"], ".1%")),
         ("context\ntokens", "right", lambda r: _shown(r["context_tokens"], ".0f")),
@@ -131,6 +131,10 @@ def _short(name: str, names: list[str]) -> str:
 def _loss(row: dict[str, Any], with_first: bool) -> str:
     first, last = _shown(row["first_loss"], ".4f"), _shown(row["loss"], ".4f")
     return f"{first}→{last}" if with_first and first and row["first_loss"] != row["loss"] else last
+
+
+def _agreement(row: dict[str, Any]) -> str:
+    return row["first_token"] + (" [bold red]FAULT[/]" if not _missing(row["faults"]) and row["faults"] else "")
 
 
 def _kl(row: dict[str, Any]) -> str:

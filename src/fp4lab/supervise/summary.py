@@ -1,5 +1,6 @@
 """What a run's records amount to: the body of result.json."""
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -22,8 +23,17 @@ def peak(peaks: dict[str, float | None], reading: dict[str, Any]) -> None:
         peaks[name] = value if before is None else better(before, value)
 
 
+def _badness(diff: dict[str, Any]) -> tuple[bool, float]:
+    """A fault is worse than none, then the larger KL, not-a-number before all."""
+    kl = float(diff["kl"])
+    return bool(diff.get("fault")), math.inf if math.isnan(kl) else kl
+
+
 class Summary:
-    """`add` every record, then `result`."""
+    """`add` every record, then `result`.
+
+    Of a pair of paths the last comparison counts (after the step, where there was one), of several prompts the worst.
+    """
 
     def __init__(self) -> None:
         self.peaks: dict[str, float | None] = {}
@@ -49,8 +59,10 @@ class Summary:
             self.losses.append(record)
         elif kind == "turn":
             self.turns.append({k: record[k] for k in _OF_A_TURN})
-        elif kind == "first_token_diff":  # the last one wins: after the step, where there was one
-            self.pairs[record["pair"]] = {k: v for k, v in record.items() if k not in ("t", "wall", "kind", "pair")}
+        elif kind == "first_token_diff":
+            known = self.pairs.get(record["pair"])
+            if known is None or known["when"] != record["when"] or _badness(record) >= _badness(known):
+                self.pairs[record["pair"]] = {k: v for k, v in record.items() if k not in ("t", "wall", "kind", "pair")}
         elif kind == "file":
             self.files.append({k: record[k] for k in ("role", "path", "format", "bytes", "sha256")})
         elif kind == "note":

@@ -20,6 +20,8 @@ from fp4lab.tasks.probe import Seen, all_paths, probe, prompt_ids
 from fp4lab.tasks.session import Session, open_session
 from fp4lab.tasks.tolerance import relative
 
+_ROWS = 256  # positions whose logits exist at once: those of a long prompt would take more than the model
+
 
 def run(config: dict[str, Any], emit: Emit) -> None:
     """Raises PlannedStop at `stop_after`, UserError."""
@@ -34,11 +36,17 @@ def run(config: dict[str, Any], emit: Emit) -> None:
     session.compact()
     phases.done("post_load_compacted")
     paths = all_paths(session)
+    losses: list[Loss] = []
     for n, prompt in enumerate(prompts):
         seen = probe(session, prompt, "before", emit)
         for first, second in itertools.combinations(sorted(seen), 2):
             layers(session, prompt, (first, second), paths, seen, emit)
-        emit(prompt_loss(session, prompt, n))
+        losses.append(prompt_loss(session, prompt, n))
+        emit(losses[-1])
+    if len(losses) > 1:  # what the run's row shows
+        tokens = [x.tokens or 0 for x in losses]
+        mean = sum(x.loss * t for x, t in zip(losses, tokens, strict=True)) / sum(tokens)
+        emit(Loss(step=len(losses), loss=mean, split="eval", trained=False, tokens=sum(tokens)))
     phases.done("first_token_done")
     b = paths[PATHS["fp2"]]
     for name, linear in b.named_modules():
@@ -66,7 +74,7 @@ def read_prompts(config: dict[str, Any]) -> list[str]:
 def layers(
     session: Session, prompt: str, names: tuple[str, str], paths: dict[str, Any], seen: dict[str, Seen], emit: Emit
 ) -> None:
-    """One LayerDiff a layer; the first divergent layer is computed again to tell which of its parts parted."""
+    """One LayerDiff a layer, of the last position; the first divergent one is computed again to tell which part parted."""
     pair = "-".join(n[0] for n in names)
     a, b = (seen[n][0] for n in names)
     tolerance, _ = relative(pair, session.dtype, len(a), session.activations)
@@ -84,6 +92,7 @@ def layers(
                 prompt=prompt,
                 layer=i,
                 relative_error=error,
+                expected=tolerance,
                 cosine=float(F.cosine_similarity(x, y, dim=0)),
                 max_abs_a=float(x.abs().max()),
                 max_abs_b=float(y.abs().max()),
@@ -109,11 +118,12 @@ def weight(session: Session, name: str, linear: nn.Module) -> WeightDiff:
         used, codes_equal = master.detach().to(session.dtype), None
     return WeightDiff(
         name=name,
-        relative_error=apart(stored, used),
+        relative_error=_off(used, stored),
+        max_abs_difference=float((used - stored).abs().max()),
         max_abs_b=float(used.abs().max()),
         max_abs_stored=float(stored.abs().max()),
         nonfinite=_bad(used),
-        master_relative_error=apart(stored, master.detach()),
+        master_relative_error=_off(master.detach(), stored),
         codes_equal=codes_equal,
     )
 
@@ -123,9 +133,15 @@ def prompt_loss(session: Session, prompt: str, n: int) -> Loss:
     """Mean negative log likelihood of the prompt's own tokens under the session's path."""
     ids = torch.tensor([prompt_ids(session, prompt)], device=session.device)
     model: Any = session.model
-    logits = model.logits(model.hidden(ids)[0, :-1])
-    loss = F.cross_entropy(logits, ids[0, 1:])
-    return Loss(step=n, loss=float(loss), split="eval", trained=False, tokens=ids.shape[1] - 1)
+    hidden, targets, total = model.hidden(ids)[0, :-1], ids[0, 1:], 0.0
+    for at in range(0, len(targets), _ROWS):
+        logits = model.logits(hidden[at : at + _ROWS])
+        total += float(F.cross_entropy(logits, targets[at : at + _ROWS], reduction="sum"))
+    return Loss(step=n, loss=total / len(targets), split="eval", trained=False, tokens=len(targets))
+
+
+def _off(x: Tensor, from_: Tensor) -> float:
+    return float((x.float() - from_.float()).norm() / from_.float().norm())
 
 
 def _bad(x: Tensor) -> int:

@@ -1,5 +1,6 @@
 """Inside a forward: hidden states layer by layer, and the parts of one layer."""
 
+import math
 from typing import Any
 
 import torch
@@ -11,15 +12,35 @@ from fp4lab.model.qwen3 import Qwen3
 PARTS = ("q", "k", "v", "attention", "o", "gate", "up", "down")  # in the order in which a layer computes them
 
 
+class LastPosition(list[Tensor]):
+    """A trace that keeps of each layer the last position alone, as a copy: a slice would hold all of [T, H] in memory."""
+
+    def append(self, x: Tensor) -> None:
+        super().append(x[0, -1].to(torch.float32, copy=True))
+
+
+class OneLayer(list[Tensor]):
+    """A trace that keeps one layer's hidden states and lets the others go."""
+
+    def __init__(self, layer: int):
+        super().__init__()
+        self._ahead = layer
+
+    def append(self, x: Tensor) -> None:
+        if self._ahead == 0:
+            super().append(x)
+        self._ahead -= 1
+
+
 @torch.no_grad()
 def trace(path: Qwen3 | Bridge, ids: list[int]) -> tuple[list[Tensor], Tensor, Tensor]:
     """(hidden state of the last position after each layer [H] fp32, after the final norm [H], logits [V] fp32).
 
     The last position alone is kept: it has seen all others, and a long prompt on a large model would not fit.
     """
-    layers: list[Tensor] = []
-    hidden = path.hidden(torch.tensor([ids], device=path.rope.inv_freq.device), trace=layers)[:, -1]
-    return [x[0, -1].float() for x in layers], hidden[0], path.logits(hidden)[0]
+    layers = LastPosition()
+    hidden = path.hidden(torch.tensor([ids], device=path.rope.inv_freq.device), trace=layers)[:, -1].clone()
+    return layers, hidden[0], path.logits(hidden)[0]
 
 
 @torch.no_grad()
@@ -27,9 +48,9 @@ def layer_input(path: Qwen3 | Bridge, ids: list[int], layer: int) -> Tensor:
     """What layer `layer` is given, [1, T, H]."""
     tensor = torch.tensor([ids], device=path.rope.inv_freq.device)
     if layer:
-        layers: list[Tensor] = []
-        path.hidden(tensor, trace=layers)
-        return layers[layer - 1]
+        before = OneLayer(layer - 1)
+        path.hidden(tensor, trace=before)
+        return before[0]
     table = path.model.embed_tokens.weight if isinstance(path, Qwen3) else path.store.raw["model.embed_tokens.weight"]
     return torch.nn.functional.embedding(tensor, table).to(path.dtype)
 
@@ -80,10 +101,13 @@ def _keep(found: dict[str, Tensor], part: str) -> Any:
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |a|; not-a-number if either has one."""
+    """|a - b| over the smaller of |a| and |b|; not-a-number if either has one.
+
+    The smaller, so that it is the same both ways and a path a million times too large is not merely off by 1.
+    """
     a, b = a.float(), b.float()
-    norm = float(a.norm())
-    return float((a - b).norm()) / norm if norm else float((a - b).norm())
+    off, norms = float((a - b).norm()), (float(a.norm()), float(b.norm()))
+    return off if off == 0 or math.isnan(off) else off / min(norms) if min(norms) else math.inf
 
 
 def first_part(path_a: Qwen3 | Bridge, path_b: Qwen3 | Bridge, layer: int, x: Tensor, tolerance: float) -> str | None:
