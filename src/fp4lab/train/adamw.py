@@ -58,19 +58,22 @@ class AdamWOptions:
 class ParameterState:
     """One parameter's weight and moments as matrices [rows, cols]."""
 
-    def __init__(self, index: int, name: str, parameter: nn.Parameter, packed: PackedTensor | None, options: AdamWOptions):
-        self.index, self.name, self.parameter, self.options = index, name, parameter, options
-        self.rows, self.cols = matrix_shape(tuple(parameter.shape))
-        device = parameter.device
-        kept = parameter.ndim == 1 or any(part in name for part in options.keep_high_precision)
+    def __init__(self, index: int, name: str, image: Tensor | None, packed: PackedTensor | None, options: AdamWOptions):
+        """`image` is the float parameter; None where the packed weight is all there is."""
+        self.index, self.name, self.image, self.options = index, name, image, options
+        shape, device = (packed.shape, packed.device) if image is None and packed else (image.shape, image.device)  # type: ignore[union-attr]
+        self.rows, self.cols = matrix_shape(tuple(shape))
+        self.device = device
+        kept = len(shape) == 1 or any(part in name for part in options.keep_high_precision)
         self.high_precision = kept and not options.pack_everything
         self.packed: PackedTensor | None = None
         self.master: Tensor | None = None
         if self.high_precision:
-            if parameter.dtype != torch.float32:
-                self.master = parameter.detach().reshape(self.rows, self.cols).float()
+            assert image is not None
+            if image.dtype != torch.float32:
+                self.master = image.detach().reshape(self.rows, self.cols).float()
         elif options.master.startswith("packed") and (packed is not None or options.pack_everything):
-            start = packed if packed is not None else pack(parameter, "nearest")
+            start = packed if packed is not None else pack(image, "nearest")  # type: ignore[arg-type]
             self.packed = start.to("cpu") if options.offload_w else start
         state = "fp32" if self.high_precision else options.state
         self.mv_device = torch.device("cpu") if options.offload_mv else device
@@ -80,11 +83,12 @@ class ParameterState:
     def read(self, start: int, stop: int) -> Tensor:
         """Rows of the stored weight, fp32, on the parameter's device."""
         if self.packed is not None:
-            return unpack(self.packed.rows(start, stop)).to(self.parameter.device)
+            return unpack(self.packed.rows(start, stop)).to(self.device)
         return self.float_rows(start, stop).to(torch.float32, copy=True)  # a copy: `write` overwrites these rows
 
     def matrix(self) -> Tensor:
-        return self.parameter.detach().view(self.rows, self.cols)
+        assert self.image is not None
+        return self.image.detach().view(self.rows, self.cols)
 
     def float_rows(self, start: int, stop: int) -> Tensor:
         """Rows of the float master, in place."""
@@ -97,15 +101,16 @@ class ParameterState:
             new = value.to(rows.dtype)
             rows.copy_(new)
             if self.master is not None:
-                self.matrix()[start:stop] = new.to(self.parameter.dtype)
+                self.matrix()[start:stop] = new.to(self.matrix().dtype)
             return new.float(), None
         old = self.packed.rows(start, stop)
         new_packed = self._pack(value.to(self.packed.device), old, start, stop, step)
         rescaled = old.block_scale.view(torch.uint8) != new_packed.block_scale.view(torch.uint8)
-        rescaled = rescaled.repeat_interleave(BLOCK, dim=1)[:, : self.cols].to(self.parameter.device)
+        rescaled = rescaled.repeat_interleave(BLOCK, dim=1)[:, : self.cols].to(self.device)
         write_rows(self.packed, start, stop, new_packed)
-        stored = unpack(new_packed).to(self.parameter.device)
-        self.matrix()[start:stop] = stored.to(self.parameter.dtype)
+        stored = unpack(new_packed).to(self.device)
+        if self.image is not None:
+            self.matrix()[start:stop] = stored.to(self.image.dtype)
         return stored, rescaled
 
     def _pack(self, value: Tensor, old: PackedTensor, start: int, stop: int, step: int) -> PackedTensor:
@@ -150,6 +155,7 @@ class ChunkedAdamW:
         if options.chunk_rows < 1:
             raise ValueError(f"chunk_rows {options.chunk_rows}: expected at least 1")
         self.options, self.after_each, self.t = options, after_each, 0
+        self._parameters = parameters
         self.states = [ParameterState(i, name, p, packed.get(name), options) for i, (name, p) in enumerate(parameters.items())]
 
     def names(self) -> list[str]:
@@ -168,42 +174,52 @@ class ChunkedAdamW:
         """One update of every parameter that has a gradient. Bias correction counts steps of the optimizer."""
         self.t += 1
         health = Health()
-        grads = {s.name: s.parameter.grad for s in self.states}
+        grads = {s.name: self._parameters[s.name].grad for s in self.states}
         if self.options.offload_grad:  # all of them first: backward's memory is free before the step allocates
             for s in self.states:
-                s.parameter.grad, grad = None, grads[s.name]
+                self._parameters[s.name].grad, grad = None, grads[s.name]
                 grads[s.name] = None if grad is None else grad.to("cpu")
         for done, s in enumerate(self.states, start=1):
             grad = grads.pop(s.name)
             if grad is not None:
                 self._update(s, grad.reshape(s.rows, s.cols), lr, health)
-                s.parameter.grad = grad = None  # gone before `after_each` returns memory
+                self._parameters[s.name].grad = grad = None  # gone before `after_each` returns memory
             if self.after_each is not None:
                 self.after_each(done, len(self.states))
         return health.event(self.t)
 
     def _update(self, s: ParameterState, grad: Tensor, lr: float, health: Health) -> None:
-        o, device = self.options, s.parameter.device
-        bias1, bias2 = 1 - o.beta1**self.t, 1 - o.beta2**self.t
-        for start in range(0, s.rows, o.chunk_rows):
-            stop = min(start + o.chunk_rows, s.rows)
-            g = grad[start:stop].to(device).float()
-            w = s.read(start, stop)
-            m = s.m.read(start, stop).to(device).lerp_(g, 1 - o.beta1)
-            v = s.v.read(start, stop).to(device).mul_(o.beta2).addcmul_(g, g, value=1 - o.beta2)
-            update = (m / bias1) / ((v / bias2).sqrt_().add_(o.eps))
-            if o.max_update is not None:
-                update.clamp_(-o.max_update, o.max_update)
-            new = w * (1 - lr * o.weight_decay) - lr * update
-            after, rescaled = s.write(start, stop, new, self.t)
-            s.m.write(start, stop, m.to(s.mv_device))
-            s.v.write(start, stop, v.to(s.mv_device))
-            health.update(update)
-            if not s.high_precision:  # floats that always move would hide packed weights that never do
-                health.weights(w, new, after, rescaled)
-        for kind, p in (("w", s.packed), ("m", s.m.packed), ("v", s.v.packed)):
-            if p is not None:
-                health.blocks(kind, p)
+        update_rows(s, grad, 0, self.t, lr, health)
+        count_blocks(s, health)
+
+
+def update_rows(s: ParameterState, grad: Tensor, first: int, step: int, lr: float, health: Health) -> None:
+    """One AdamW update of the rows from `first` on, by chunks; grad [rows, cols], which may lie on another device."""
+    o = s.options
+    bias1, bias2 = 1 - o.beta1**step, 1 - o.beta2**step
+    for start in range(first, first + grad.shape[0], o.chunk_rows):
+        stop = min(start + o.chunk_rows, first + grad.shape[0])
+        g = grad[start - first : stop - first].to(s.device).float()
+        w = s.read(start, stop)
+        m = s.m.read(start, stop).to(s.device).lerp_(g, 1 - o.beta1)
+        v = s.v.read(start, stop).to(s.device).mul_(o.beta2).addcmul_(g, g, value=1 - o.beta2)
+        update = (m / bias1) / ((v / bias2).sqrt_().add_(o.eps))
+        if o.max_update is not None:
+            update.clamp_(-o.max_update, o.max_update)
+        new = w * (1 - lr * o.weight_decay) - lr * update
+        after, rescaled = s.write(start, stop, new, step)
+        s.m.write(start, stop, m.to(s.mv_device))
+        s.v.write(start, stop, v.to(s.mv_device))
+        health.update(update)
+        if not s.high_precision:  # floats that always move would hide packed weights that never do
+            health.weights(w, new, after, rescaled)
+
+
+def count_blocks(s: ParameterState, health: Health) -> None:
+    """Dead and saturated blocks of one parameter's state."""
+    for kind, p in (("w", s.packed), ("m", s.m.packed), ("v", s.v.packed)):
+        if p is not None:
+            health.blocks(kind, p)
 
 
 def _nearest_rule(rule: str, p: PackedTensor) -> str:
