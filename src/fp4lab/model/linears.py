@@ -3,10 +3,13 @@
 dense   W unquantised.
 packed  W held as NVFP4, dequantised for the product (paths A and C).
 ste     a float master; forward uses exactly the dequantised NVFP4 value, backward is the identity (path B).
+consume the same without a master: the gradient is handed on at once (path B, step=fused).
 
 `activations="nvfp4"` also rounds x to NVFP4 (W4A4). Devices without FP4 matrix units emulate that product
 with the rounded values in the compute dtype, which differs from the real one only in the summation's rounding.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -101,3 +104,67 @@ class SteLinear(nn.Module):
         if rounded is not x and x.requires_grad:  # straight through the activation's rounding too
             rounded = _StraightThrough.apply(x, rounded.detach())
         return F.linear(rounded, weight)
+
+
+class _Consumed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, linear: "ConsumingLinear") -> Tensor:
+        rounded = _round_input(x, linear.activations)
+        ctx.linear = linear
+        ctx.save_for_backward(rounded)
+        return F.linear(rounded, unpack(linear.packed, x.dtype))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (x,), linear = ctx.saved_tensors, ctx.linear
+        dx = dy @ unpack(linear.packed, dy.dtype) if ctx.needs_input_grad[0] else None
+        assert linear.consume is not None, "nobody takes this linear's gradient"
+        linear.consume(dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
+        return dx, None
+
+
+class ConsumingLinear(nn.Module):
+    """B without a float master: the packed weight is the only one.
+
+    Forward and backward dequantise it for one product each. The gradient of the dequantised weight, [out, in] in the compute
+    dtype, goes to `consume` the moment it exists, after the input's gradient, and is never kept.
+    """
+
+    def __init__(self, packed: PackedTensor, activations: str = "none"):
+        super().__init__()
+        self.packed, self.activations = packed, activations
+        self.consume: Callable[[Tensor], None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Consumed.apply(x, self)
+        return packed_matmul(x, self.packed, self.activations)
+
+
+class _Looked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anchor: Tensor, ids: Tensor, embedding: "ConsumingEmbedding") -> Tensor:
+        ctx.embedding = embedding
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, embedding.weight)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (ids,), embedding = ctx.saved_tensors, ctx.embedding
+        assert embedding.consume is not None, "nobody takes the embedding's gradient"
+        embedding.consume(ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
+        return None, None, None
+
+
+class ConsumingEmbedding(nn.Module):
+    """An embedding [V, H] whose gradient goes to `consume` as (ids [N], rows [N, H]), not as a table of its size."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+        self.consume: Callable[[Tensor, Tensor], None] | None = None
+        # autograd follows inputs that want gradients, and ids are none
+        self.register_buffer("anchor", torch.zeros((), device=weight.device, requires_grad=True), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return _Looked.apply(self.anchor, ids, self) if torch.is_grad_enabled() else F.embedding(ids, self.weight)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fp4lab.model.bridge import Bridge
 from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.model.layers import Rope
-from fp4lab.model.linears import DenseLinear, PackedLinear, SteLinear
+from fp4lab.model.linears import ConsumingEmbedding, ConsumingLinear, DenseLinear, PackedLinear, SteLinear
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.model.store import WeightStore
 from fp4lab.nvfp4 import BLOCK, PackedTensor, unpack
@@ -100,6 +100,14 @@ def fp2_model(
     if quirks.no_offset_mask:
         for block in model.model.layers:
             block.self_attn.offset_mask = False  # type: ignore[union-attr]
+    return model
+
+
+def fused_model(store: WeightStore, dtype: torch.dtype, activations: str = "none") -> Qwen3:
+    """B for step=fused: the store's codes are the only weights of its linears, and gradients are handed on, not kept."""
+    raw = {n: nn.Parameter(t, requires_grad=t.ndim == 1) for n, t in store.raw.items()}
+    model = Qwen3(store.config, lambda name: ConsumingLinear(store.packed[name], activations), raw, dtype)
+    model.model.embed_tokens = ConsumingEmbedding(raw[EMBEDDING])
     return model
 
 

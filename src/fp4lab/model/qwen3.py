@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fp4lab.model.config import EMBEDDING, FINAL_NORM, Qwen3Config
 from fp4lab.model.layers import KVCache, Rope, attend, rms_norm, rotate
@@ -89,7 +90,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Qwen3Config, make: MakeLinear, raw: dict[str, nn.Parameter]):
         super().__init__()
-        self.embed_tokens = Embedding(raw[EMBEDDING])
+        self.embed_tokens: nn.Module = Embedding(raw[EMBEDDING])
         self.layers = nn.ModuleList(Block(config, i, make, raw) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(raw[FINAL_NORM], config.rms_norm_eps)
 
@@ -103,6 +104,7 @@ class Qwen3(nn.Module):
         self.model = Decoder(config, make_linear, raw)
         self.lm_head = make_linear("lm_head.weight")
         self.rope = Rope(config.head_dim, config.rope_theta, raw[FINAL_NORM].device)
+        self.recompute = False  # a block keeps its input alone and is computed again in the backward
 
     def hidden(
         self, ids: Tensor, cache: KVCache | None = None, trace: list[Tensor] | None = None, final_norm: bool = True
@@ -115,7 +117,10 @@ class Qwen3(nn.Module):
         x = self.model.embed_tokens(ids).to(self.dtype)
         cos, sin = self.rope.table(cache.length if cache else 0, ids.shape[1], self.dtype)
         for block in self.model.layers:
-            x = block(x, cos, sin, cache)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache)
             if trace is not None:
                 trace.append(x)
         if cache is not None:

@@ -26,7 +26,11 @@ def scalar(model: Qwen3, hidden: Tensor, targets: Tensor) -> Tensor:
 
 def embedding(model) -> Tensor:
     """The embedding table [V, H] of a path."""
-    return model.model.embed_tokens.weight if isinstance(model, Qwen3) else model.store.raw["model.embed_tokens.weight"]
+    if not isinstance(model, Qwen3):
+        return model.store.raw["model.embed_tokens.weight"]
+    table = model.model.embed_tokens.weight
+    assert isinstance(table, Tensor)
+    return table
 
 
 LOSSES = {"ce": cross_entropy, "scalar": scalar}
