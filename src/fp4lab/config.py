@@ -41,7 +41,8 @@ WeightsKind = Enum("WeightsKind", ["shipped", "random", "hf", "dat"])
 BackendName = Enum("BackendName", ["dense", "bridge", "fp2", "noste"])
 Activations = Enum("Activations", ["none", "nvfp4"])
 KvcName = Enum("KvcName", ["replay", "prefill", "persistent"])
-StepName = Enum("StepName", ["chunked", "dense"])
+StepName = Enum("StepName", ["chunked", "fused", "dense"])
+Recompute = Enum("Recompute", ["none", "block"])
 StateFormat = Enum("StateFormat", ["nvfp4", "nvfp4_two_level", "int8", "bf16", "fp32"])
 Master = Enum("Master", ["packed", "packed_stochastic", "bf16", "fp32"])
 TrackerName = Enum("TrackerName", ["offline", "online", "off"])
@@ -220,6 +221,7 @@ class RunConfig:
     steps: int = 1
     lr: float = 1e-4
     loss: LossName = LossName.ce
+    recompute: Recompute = Recompute.none  # block: keep each block's input alone and compute it again in the backward
     prompt: str = "hi"  # of the first-token probe
     seed: int = 123
     device: Device = Device.auto
@@ -302,8 +304,31 @@ def check(config: dict[str, Any]) -> None:
             f"model={config['model']['name']} has no shipped weights: add weights=random, "
             "weights=hf weights.path=<folder> or weights=dat weights.path=<file>"
         )
+    if config["step"]["name"] == "fused":
+        _check_fused(config)
     if config["backend"]["native_fp4"] and config["backend"]["activations"] != "nvfp4":
         raise UserError("backend.native_fp4=true multiplies FP4 by FP4: it needs backend.activations=nvfp4")
+
+
+def _check_fused(config: dict[str, Any]) -> None:
+    """What an update inside the backward pass cannot do."""
+    step = config["step"]
+    if step["clip_grad"] is not None:
+        raise UserError(
+            f"step.clip_grad={step['clip_grad']}: step=fused uses each gradient before the global norm is known. Bound every "
+            "element's update with step.max_update=1.0 instead, or clip with step=chunked"
+        )
+    if not step["master"].startswith("packed"):
+        raise UserError(
+            f"step.master={step['master']}: step=fused keeps weights packed alone; use step.master=packed_stochastic or "
+            "packed, or step=chunked"
+        )
+    if config["task"]["name"] == "step" and config["loss"] != "ce":
+        raise UserError(f"loss={config['loss']}: step=fused has cross-entropy alone; use loss=ce, or step=chunked")
+    if config["quirk"]["pack_everything"] or config["quirk"]["no_final_norm"]:
+        raise UserError("quirk.pack_everything and quirk.no_final_norm are incidents of step=chunked; step=fused has neither")
+    if config["backend"]["name"] == "dense":
+        raise UserError("backend=dense has no packed weights to keep: step=fused needs backend=fp2")
 
 
 def check_guard(guard: dict[str, Any], option: Callable[[str], str]) -> None:
@@ -338,6 +363,8 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
             said.append(f"{override} has no effect: task={task} trains nothing.")
         elif key.split(".")[0] == "step" and task == "step" and not trains:
             said.append(f"{override} has no effect: backend={backend} is not trained.")
+        elif key in _NOT_FUSED and step == "fused":
+            said.append(f"{override} has no effect: step=fused keeps no gradient, no float weights and nothing on the host.")
         elif key in _CHUNKED_ONLY and step == "dense":
             said.append(f"{override} has no effect: step=dense is torch's AdamW on whole parameters.")
         elif key.startswith("task.") and key[5:] not in ("name", *_TASK_KEYS.get(task, ())):
@@ -367,6 +394,7 @@ TASK_PHASES = {
     "chat": (*_LOADING, "turn_done", "cleanup_done"),
 }
 _TRAINING_ONLY = ("lr", "steps", "seq_len", "loss", "data.path", "data.order")
+_NOT_FUSED = {f"step.{k}" for k in ("flush_each_param", "offload_mv", "offload_w", "offload_grad", "sanitize")}
 _CHUNKED_ONLY = {
     f"step.{k}"
     for k in (

@@ -101,7 +101,7 @@ def test_the_chunked_loss_is_torchs_and_so_is_the_norm(name, chunk, monkeypatch)
     loss.backward()
     norm = torch.stack([p.grad.norm() for p in dense.parameters()]).norm()
     losses, _, _, _, norms = fused_steps(name, 1, master="packed")
-    assert losses[0] == pytest.approx(float(loss), rel=1e-6)
+    assert losses[0] == pytest.approx(loss.item(), rel=1e-6)
     assert norms[0] == pytest.approx(float(norm), rel=1e-5)
 
 

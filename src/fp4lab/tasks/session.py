@@ -14,8 +14,17 @@ from fp4lab.checkpoint import FileInfo, Weights, open_weights
 from fp4lab.errors import UserError
 from fp4lab.events import Emit, File, Note
 from fp4lab.model.bridge import Bridge
-from fp4lab.model.config import Qwen3Config
-from fp4lab.model.paths import Quirks, bridge_model, dense_model, fp2_model, noste_model, reference_model, ste_linears
+from fp4lab.model.config import EMBEDDING, HEAD, Qwen3Config
+from fp4lab.model.paths import (
+    Quirks,
+    bridge_model,
+    dense_model,
+    fp2_model,
+    fused_model,
+    noste_model,
+    reference_model,
+    ste_linears,
+)
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.model.store import WeightStore, build_store, random_weights
 from fp4lab.nvfp4 import PackedTensor, count_changed, keep_zero_signs, kernels, native_available, pack, repack_like
@@ -85,6 +94,8 @@ class Session:
         if self.backend == "fp2":
             self.store.dense = None  # the unquantised weights of the checkpoint are not this model's any more
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        if self.store.tied:
+            parameters[HEAD] = parameters[EMBEDDING]  # where a tied head has no parameter of its own
         changed, elements = torch.zeros((), dtype=torch.int64, device=self.device), 0
         for name, parameter in parameters.items():
             value = stored.get(name)
@@ -220,13 +231,21 @@ def _model(s: Session, emit: Emit, trains: bool) -> Qwen3 | Bridge:
         if s.backend == "dense":
             return reference_model(s.store, s.dtype) or dense_model(s.store, s.dtype)
         return fp2_model(s.store, s.dtype, None, s.activations, eval_cache, s.quirks)
+    if s.backend == "fp2" and s.config["step"]["name"] == "fused":
+        s.store.dense = None
+        return _recomputing(fused_model(s.store, s.dtype, s.activations), s.config)
     master = s.config["step"]["master"]
     if s.config["step"]["name"] == "dense":
         master = "fp32"
     master_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(master, s.dtype)
     if s.backend == "dense":
-        return dense_model(s.store, s.dtype, master_dtype)
-    return fp2_model(s.store, s.dtype, master_dtype, s.activations, eval_cache, s.quirks)
+        return _recomputing(dense_model(s.store, s.dtype, master_dtype), s.config)
+    return _recomputing(fp2_model(s.store, s.dtype, master_dtype, s.activations, eval_cache, s.quirks), s.config)
+
+
+def _recomputing(model: Qwen3, config: dict[str, Any]) -> Qwen3:
+    model.recompute = config["recompute"] == "block"
+    return model
 
 
 def _report(emit: Emit, info: FileInfo) -> None:

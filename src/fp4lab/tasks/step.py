@@ -21,6 +21,7 @@ from fp4lab.train import checks, grads
 from fp4lab.train.adamw import AdamWOptions, ChunkedAdamW
 from fp4lab.train.batches import Batch, batches
 from fp4lab.train.data import load_samples, ordered
+from fp4lab.train.fused import FusedAdamW
 from fp4lab.train.loss import LOSSES, evaluate
 
 
@@ -37,7 +38,7 @@ def run(config: dict, emit: Emit) -> None:
     phases.done("post_load_compacted")
     probe(session, config["prompt"], "before", emit)
     phases.done("first_token_done")
-    optimizer = make_optimizer(session, emit) if session.backend in TRAINABLE else None
+    optimizer: Optimizer | None = make_optimizer(session, emit) if session.backend in TRAINABLE else None
     for row in byte_report(session, optimizer):
         emit(row)
     phases.done("state_initialized")
@@ -55,7 +56,7 @@ def run(config: dict, emit: Emit) -> None:
     phases.done("cleanup_done")
 
 
-def _train(session: Session, optimizer: "DenseAdamW | ChunkedAdamW", samples: list[Batch], phases: Phases, emit: Emit) -> None:
+def _train(session: Session, optimizer: "Optimizer", samples: list[Batch], phases: Phases, emit: Emit) -> None:
     config, step_config = session.config, session.config["step"]
     model = session.model
     assert isinstance(model, Qwen3)
@@ -74,7 +75,10 @@ def _train(session: Session, optimizer: "DenseAdamW | ChunkedAdamW", samples: li
         for p in parameters:
             p.grad = None
         phases.done("zero_grad_done")
-        loss = _loss(session, batch)
+        fused = optimizer if isinstance(optimizer, FusedAdamW) else None
+        if fused is not None:
+            fused.begin(config["lr"])
+        loss = _loss(session, batch, fused)
         phases.done("forward_done")
         value = loss.item()
         if not math.isfinite(value):
@@ -84,16 +88,19 @@ def _train(session: Session, optimizer: "DenseAdamW | ChunkedAdamW", samples: li
         loss.backward()
         del loss
         phases.done("backward_done")
-        if step_config["sanitize"]:
+        if step_config["sanitize"] and fused is None:
             bad = grads.sanitize(parameters)
             if bad:
                 emit(Note(topic="gradients", text=f"step {step}: {bad} non-finite gradients were set to 0"))
         norm = None
-        if step_config["grad_norm"] or step_config["clip_grad"]:
+        if fused is None and (step_config["grad_norm"] or step_config["clip_grad"]):
             norm = grads.grad_norm(parameters)
             if step_config["clip_grad"]:
                 grads.clip(parameters, norm, step_config["clip_grad"])
-        health = optimizer.step(config["lr"])
+        if isinstance(optimizer, FusedAdamW):
+            health, norm = optimizer.finish()
+        else:
+            health = optimizer.step(config["lr"])
         moved = session.publish(optimizer.stored(), count=not optimizer.stored())
         if not optimizer.stored():  # float masters: the codes that count are those they were just packed to
             health.code_changed = moved
@@ -124,8 +131,10 @@ def _evaluate(session: Session, samples: list[Batch], phases: Phases, emit: Emit
     phases.done("forward_done")
 
 
-def _loss(session: Session, batch: Batch) -> Tensor:
+def _loss(session: Session, batch: Batch, fused: FusedAdamW | None) -> Tensor:
     assert isinstance(session.model, Qwen3)
+    if fused is not None:
+        return fused.loss(session.model.hidden(batch.ids.to(session.device)), batch.targets.to(session.device))
     final_norm = not session.config["quirk"]["no_final_norm"]
     hidden = session.model.hidden(batch.ids.to(session.device), final_norm=final_norm)
     return LOSSES[session.config["loss"]](session.model, hidden, batch.targets.to(session.device))
@@ -171,7 +180,10 @@ class DenseAdamW:
         return StateHealth(step=int(next(iter(self._adamw.state.values()))["step"]))
 
 
-def make_optimizer(session: Session, emit: Emit) -> DenseAdamW | ChunkedAdamW:
+Optimizer = DenseAdamW | ChunkedAdamW | FusedAdamW
+
+
+def make_optimizer(session: Session, emit: Emit) -> Optimizer:
     """The optimizer that `step` names, over the model's trainable parameters.
 
     Asserts that what is trained, what is optimised and what would be exported are the same names.
@@ -189,12 +201,16 @@ def make_optimizer(session: Session, emit: Emit) -> DenseAdamW | ChunkedAdamW:
         seed=session.config["seed"],
     )
     if c["name"] == "dense":
-        optimizer: DenseAdamW | ChunkedAdamW = DenseAdamW(parameters, options)
+        optimizer: Optimizer = DenseAdamW(parameters, options)
+    elif c["name"] == "fused":
+        packed, after = session.store.packed, _after_each(session, emit, flush=False)
+        optimizer = FusedAdamW(model, packed, session.store.tied, options, after)
     else:
         packed = session.store.packed if session.backend == "fp2" else {}
         optimizer = ChunkedAdamW(parameters, packed, options, _after_each(session, emit, c["flush_each_param"]))
     exported = {*session.store.raw, *session.store.packed} - ({HEAD} if session.store.tied else set())
-    assert set(parameters) == set(optimizer.names()) == exported, "trained, optimised and exported tensors differ"
+    trained = set(parameters) if c["name"] != "fused" else exported  # there most have no parameter of their own
+    assert trained == set(optimizer.names()) == exported, "trained, optimised and exported tensors differ"
     return optimizer
 
 
@@ -218,7 +234,7 @@ def _refuse_offload_on_unified_memory(device: torch.device) -> None:
         )
 
 
-def byte_report(session: Session, optimizer: DenseAdamW | ChunkedAdamW | None) -> list[TensorBytes]:
+def byte_report(session: Session, optimizer: Optimizer | None) -> list[TensorBytes]:
     """Bytes by kind, device and dtype; a storage that several tensors share is counted once."""
     groups: dict[str, list[Tensor]] = {}
     if optimizer is not None:

@@ -118,12 +118,15 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
     unquantised = kind in ("random", "hf")
     if unquantised:
         n_dense = n_packed - (_count(head) if tied else 0)
-        phases = ("load", "forward", "backward") if backend == "fp2" else PHASES  # let go when the weights have moved
+        phases = PHASES if backend != "fp2" else ("load",) if step["name"] == "fused" else ("load", "forward", "backward")
         yield _row("unquantised weights", f"{n_dense:,} x {size} bytes, for path R", n_dense * size, phases)
     if backend not in ("fp2", "dense"):
         largest = max(_count(s) for s in packed.values())
         yield _row("one dequantised linear", f"{largest:,} x {size} bytes", largest * size, ("forward",))
         yield from _activations(shape, config, size, trained=False)
+        return
+    if step["name"] == "fused":
+        yield from _fused(shape, config, size, trained, device)
         return
     chunked = step["name"] != "dense"
     master = step["master"] if chunked else "fp32"
@@ -147,6 +150,22 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
         yield _row("scratch of a chunk", f"{_SCRATCH} x {step['chunk_rows']} x {widest} x 4 bytes", scratch, ("step",))
     elif device == "cuda":
         yield _row("foreach temporaries", f"{n:,} x {master_size} bytes", n * master_size, ("step",))
+
+
+def _fused(
+    shape: Qwen3Config, config: dict[str, Any], size: int, trained: dict[str, tuple[int, ...]], device: str
+) -> Iterator[Row]:
+    """step=fused: moments, activations, and of one linear at a time its weight, its gradient and the update's scratch."""
+    step, backward = config["step"], ("backward",)
+    yield from _moments(step, trained, True, size, device)
+    yield from _activations(shape, config, size, trained=True)
+    largest = max(r * c for r, c in shape.linears().values())
+    pieces = 8192 * shape.hidden_size  # train/fused.VOCABULARY_CHUNK
+    text = f"2 x {max(largest, pieces):,} x {size} bytes"
+    yield _row("one weight and its gradient", text, 2 * max(largest, pieces) * size, backward)
+    widest = max(s[-1] for s in trained.values())
+    scratch = _SCRATCH * step["chunk_rows"] * widest * 4
+    yield _row("scratch of a chunk", f"{_SCRATCH} x {step['chunk_rows']} x {widest} x 4 bytes", scratch, backward)
 
 
 _PROMPT = 32  # tokens a turn of a user is taken to have
@@ -198,6 +217,9 @@ def _activations(shape: Qwen3Config, config: dict[str, Any], size: int, trained:
     each = (6 * h + 4 * q + 6 * kv + 4 * i) * size
     layers = shape.num_hidden_layers if trained else 1
     phases = ("forward",)
+    if trained and config["recompute"] == "block":
+        yield _row("inputs of blocks", f"{layers} layers x {tokens} tokens x {h * size:,} bytes", layers * tokens * h * size)
+        layers = 1
     yield _row("activations", f"{layers} layers x {tokens} tokens x {each:,} bytes", layers * tokens * each, phases)
     yield _row(
         "logits", f"{tokens} tokens x {shape.vocab_size:,} x {size + 4} bytes", tokens * shape.vocab_size * (size + 4), phases

@@ -1,0 +1,67 @@
+"""step=fused as a run: the losses of step=chunked, less memory in the estimate, and what it refuses."""
+
+import pytest
+
+from fp4lab.config import TASK_PHASES, check
+from fp4lab.errors import UserError
+from fp4lab.events import to_record
+from fp4lab.tasks import step
+
+
+def run(config):
+    records: list[dict] = []
+    check(config)
+    step.run(config, lambda e: records.append(to_record(e)))
+    return records
+
+
+def of(records, kind):
+    return [r for r in records if r["kind"] == kind]
+
+
+@pytest.mark.parametrize("more", [(), ("weights=random",), ("step.master=packed", "recompute=block")], ids=str)
+def test_a_fused_run_is_a_chunked_run(compose, more):
+    """Untied and tied heads, both roundings: losses, norm, agreement of the paths afterwards."""
+    common = ("dtype=float32", "seq_len=16", "steps=3", "step.chunk_rows=64", *more)
+    fused, chunked = (run(compose(f"step={name}", *common)) for name in ("fused", "chunked"))
+    assert [p["name"] for p in of(fused, "phase")] == [p["name"] for p in of(chunked, "phase")]
+    assert {p["name"] for p in of(fused, "phase")} == set(TASK_PHASES["step"])
+    for ours, theirs in zip(of(fused, "loss"), of(chunked, "loss"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        if theirs["grad_norm"] is not None:
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert not any(d["fault"] for d in of(fused, "first_token_diff") if not d["pair"].endswith("R"))
+    kinds = {r["tensor_kind"] for r in of(fused, "tensor_bytes")}
+    assert kinds == {r["tensor_kind"] for r in of(chunked, "tensor_bytes")} - {"dense_param"}
+    params = {name: sum(r["mib"] for r in of(records, "tensor_bytes") if r["tensor_kind"] == "model_param") for name, records in
+              (("fused", fused), ("chunked", chunked))}  # fmt: skip
+    assert params["fused"] < params["chunked"] / 3
+
+
+def test_the_estimate_knows_it(compose):
+    need = {}
+    for name in ("fused", "chunked"):
+        (estimate,) = of(run(compose(f"step={name}", "seq_len=8", "step.chunk_rows=64")), "estimate")
+        need[name] = estimate["total_mib"] - estimate["rows"]["process before the model"]
+    assert need["fused"] < 0.6 * need["chunked"]
+
+
+@pytest.mark.parametrize(
+    "choice, word",
+    [
+        ("step.clip_grad=1.0", "step.max_update"),
+        ("step.master=fp32", "packed_stochastic"),
+        ("loss=scalar", "loss=ce"),
+        ("backend=dense", "backend=fp2"),
+        ("quirk.pack_everything=true", "step=chunked"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_with_an_alternative(compose, choice, word):
+    with pytest.raises(UserError, match=word) as e:
+        check(compose("step=fused", choice))
+    assert choice.partition("=")[0].split(".")[0] in str(e.value)
+
+
+def test_choices_without_effect_are_said(compose):
+    records = run(compose("step=fused", "seq_len=8", "step.chunk_rows=64", "step.offload_mv=true"))
+    assert any("step.offload_mv=true has no effect" in n["text"] for n in of(records, "note"))
