@@ -17,7 +17,8 @@ import torch
 import yaml
 
 from fp4lab.checkpoint import open_weights
-from fp4lab.config import RunConfig, check
+from fp4lab.choices import check
+from fp4lab.config import RunConfig
 from fp4lab.errors import Collapsed, PlannedStop
 from fp4lab.events import to_record
 from fp4lab.tasks import chat, step, tune

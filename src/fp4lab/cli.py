@@ -109,7 +109,7 @@ def guard(
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing of the guard's own")] = False,
 ) -> None:
     """Any command under the guard: fp4lab guard --limit-gb 108 -- python train.py"""
-    from fp4lab.config import check_guard
+    from fp4lab.choices import check_guard
     from fp4lab.supervise.command import guard_command
 
     limits = {

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fp4lab.config import check, register, to_dict
+from fp4lab.choices import check
+from fp4lab.config import register, to_dict
 from fp4lab.errors import Collapsed, UserError
 from fp4lab.events import STATUSES
 from fp4lab.supervise.ledger import Ledger

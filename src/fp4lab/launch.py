@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fp4lab.config import check, fingerprint, to_dict
+from fp4lab.choices import check
+from fp4lab.config import fingerprint, to_dict
 from fp4lab.errors import UserError
 from fp4lab.events import STATUSES
 from fp4lab.supervise.client import server

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fp4lab.config import TASK_PHASES, check
+from fp4lab.choices import TASK_PHASES, check
 from fp4lab.errors import Collapsed, UserError
 from fp4lab.events import to_record
 from fp4lab.tasks import chat

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import SHAPES, hf_model, shape_of, store_of, weights_of
 
-from fp4lab.config import TASK_PHASES, check
+from fp4lab.choices import TASK_PHASES, check
 from fp4lab.errors import UserError
 from fp4lab.events import to_record
 from fp4lab.model.paths import bridge_model, fp2_model, noste_model, reference_model

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fp4lab.config import TASK_PHASES, check
+from fp4lab.choices import TASK_PHASES, check
 from fp4lab.errors import UserError
 from fp4lab.events import to_record
 from fp4lab.tasks import step

@@ -12,7 +12,7 @@ from fp4lab.chat.policy import POLICIES, Persistent, Replay
 from fp4lab.chat.sampling import Sampler
 from fp4lab.chat.stream import TextStream
 from fp4lab.chat.tokenizer import Tokenizer
-from fp4lab.config import idle_choices
+from fp4lab.choices import idle_choices
 from fp4lab.errors import Collapsed, UserError
 from fp4lab.events import Emit, FirstToken, Loss, Note, Progress, Turn
 from fp4lab.model.paths import PATHS

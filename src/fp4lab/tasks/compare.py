@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp4lab.config import idle_choices
+from fp4lab.choices import idle_choices
 from fp4lab.errors import UserError
 from fp4lab.events import Emit, LayerDiff, Loss, Note, WeightDiff
 from fp4lab.model.linears import DenseLinear, SteLinear

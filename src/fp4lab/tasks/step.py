@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fp4lab.config import idle_choices
+from fp4lab.choices import idle_choices
 from fp4lab.errors import Diverged, UserError
 from fp4lab.events import Emit, Loss, Note, Progress, StateHealth, TensorBytes
 from fp4lab.model.config import HEAD
