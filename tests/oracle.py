@@ -77,7 +77,7 @@ def dequantised_hf(name, store):
     return model
 
 
-def store_of(shape, weights, dtype=torch.float32, levels="single", keep_dense=True):
+def store_of(shape, weights, dtype=torch.float32, levels="single", keep_dense=True, pack_embedding=False):
     return build_store(
         shape,
         set(weights),
@@ -87,4 +87,5 @@ def store_of(shape, weights, dtype=torch.float32, levels="single", keep_dense=Tr
         quantise=functools.partial(pack, rule="torchao", levels=levels),
         keep_dense=keep_dense,
         source="test",
+        pack_embedding=pack_embedding,
     )

@@ -59,10 +59,24 @@ def check(config: dict[str, Any]) -> None:
             f"model={config['model']['name']} has no shipped weights: add weights=random, "
             "weights=hf weights.path=<folder> or weights=dat weights.path=<file>"
         )
-    if config["step"]["name"] == "fused":
+    if config["step"]["name"] == "fused" and config["task"]["name"] in ("step", "tune"):
         _check_fused(config)
+    if config["weights"]["embedding"] == "nvfp4":
+        _check_packed_embedding(config)
     if config["backend"]["native_fp4"] and config["backend"]["activations"] != "nvfp4":
         raise UserError("backend.native_fp4=true multiplies FP4 by FP4: it needs backend.activations=nvfp4")
+
+
+def _check_packed_embedding(config: dict[str, Any]) -> None:
+    """A packed embedding can be read everywhere, and trained by step=fused alone."""
+    trains = config["task"]["name"] in ("step", "tune") and config["backend"]["name"] in ("fp2", "dense")
+    if trains and config["step"]["name"] != "fused":
+        raise UserError(
+            f"weights.embedding=nvfp4: step={config['step']['name']} trains an embedding of floats; use step=fused, or "
+            "weights.embedding=raw"
+        )
+    if config["backend"]["name"] == "dense":
+        raise UserError("weights.embedding=nvfp4 has no unquantised weights: it needs backend=fp2, bridge or noste")
 
 
 def _check_fused(config: dict[str, Any]) -> None:

@@ -47,6 +47,7 @@ OnCollapse = Enum("OnCollapse", ["end", "flag"])
 Prefill = Enum("Prefill", ["whole", "token"])
 Order = Enum("Order", ["random", "sequential"])
 Style = Enum("Style", ["official", "training"])
+EmbeddingFormat = Enum("EmbeddingFormat", ["raw", "nvfp4"])
 Rule = Enum("Rule", ["ct", "torchao", "native", "nearest", "stochastic"])
 Levels = Enum("Levels", ["single", "tensor", "row"])
 Blind = Enum("Blind", ["warn", "refuse"])
@@ -100,6 +101,7 @@ class WeightsConfig:
     path: str | None = None  # file (dat) or folder (hf)
     rule: Rule = Rule.torchao  # how unquantised linears are packed
     levels: Levels = Levels.single  # second-level scale: none, one a tensor, one a row
+    embedding: EmbeddingFormat = EmbeddingFormat.raw  # nvfp4: packed like the linears; a tied head is then the same bytes
 
 
 @dataclass

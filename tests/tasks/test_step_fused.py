@@ -38,6 +38,30 @@ def test_a_fused_run_is_a_chunked_run(compose, more):
     assert params["fused"] < params["chunked"] / 3
 
 
+@pytest.mark.parametrize("weights", ["shipped", "random"])
+def test_a_packed_embedding_leaves_no_float_table(compose, weights):
+    """Paths agree before and after, the loss falls, and a tied head is the embedding's bytes."""
+    config = compose("step=fused", f"weights={weights}", "weights.embedding=nvfp4", "dtype=float32", "seq_len=16", "steps=3")
+    records = run(config)
+    pairs = of(records, "first_token_diff")
+    assert {r["pair"] for r in pairs} == {"A-B", "A-C", "B-C"} and not any(r["fault"] for r in pairs)
+    losses = of(records, "loss")
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    held = {r["tensor_kind"]: r["mib"] for r in of(records, "tensor_bytes")}
+    assert held["raw_param"] < 0.1 and held["state_w_codes"] == held["packed_codes"]
+    (estimate,) = of(records, "estimate")
+    assert estimate["rows"]["embedding and norms"] < 0.1
+
+
+def test_a_packed_embedding_is_for_fused_training_and_for_evaluation(compose):
+    with pytest.raises(UserError, match="use step=fused"):
+        check(compose("weights.embedding=nvfp4"))
+    with pytest.raises(UserError, match="no unquantised weights"):
+        check(compose("weights.embedding=nvfp4", "backend=dense", "task=chat"))
+    check(compose("weights.embedding=nvfp4", "backend=bridge"))
+    check(compose("weights.embedding=nvfp4", "task=compare"))
+
+
 def test_the_estimate_knows_it(compose):
     need = {}
     for name in ("fused", "chunked"):

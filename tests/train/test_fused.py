@@ -5,7 +5,7 @@ import torch
 from oracle import SHAPES, hf_model, shape_of, store_of, weights_of
 
 from fp4lab.model.config import EMBEDDING, HEAD
-from fp4lab.model.paths import fp2_model, fused_model
+from fp4lab.model.paths import fp2_model, fused_model, reference_model
 from fp4lab.nvfp4 import unpack
 from fp4lab.train import fused
 from fp4lab.train.adamw import AdamWOptions, ChunkedAdamW
@@ -167,6 +167,42 @@ def test_fused_with_exact_state_follows_torchs_adamw():
     theirs = dict(dense.named_parameters())
     for key, p in parameters.items():
         torch.testing.assert_close(p.detach(), theirs[key].detach(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_packed_embedding_is_trained_and_a_tied_head_is_its_bytes(name):
+    """One gradient of head and lookup together, against autograd's through the dequantised table."""
+    shape, weights = shape_of(name), weights_of(hf_model(name))
+    s = store_of(shape, weights, keep_dense=False, pack_embedding=True)
+    assert EMBEDDING not in s.raw and (s.packed[HEAD] is s.packed[EMBEDDING]) == s.tied
+    dense = {n: unpack(p) for n, p in s.packed.items() if not (s.tied and n == HEAD)} | dict(s.raw)
+    oracle = reference_model(store_of(shape, dense), torch.float32)
+    table = torch.nn.Parameter(dense[EMBEDDING].clone())
+    oracle.model.embed_tokens.weight = table
+    if s.tied:
+        oracle.lm_head.weight = table
+    expected = cross_entropy(oracle, oracle.hidden(IDS), TARGETS)
+    expected.backward()
+    model = fused_model(s, torch.float32)
+    optimizer = FusedAdamW(model, s.packed, s.tied, AdamWOptions(master="packed", state="fp32", chunk_rows=16))
+    got = torch.zeros_like(table)
+    consume = optimizer.consume
+
+    def watch(key, grad, first=0):
+        if key == EMBEDDING:
+            got[first : first + len(grad)] = grad
+        consume(key, grad, first)
+
+    optimizer.consume = watch
+    optimizer.begin(1e-2)
+    before = s.packed[EMBEDDING].codes.clone()
+    loss = optimizer.loss(model.hidden(IDS), TARGETS)
+    loss.backward()
+    health, _ = optimizer.finish()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(got, table.grad, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(s.packed[EMBEDDING].codes, before) and health.code_changed > 0
+    assert EMBEDDING in optimizer.stored() and (HEAD in optimizer.stored()) != s.tied
 
 
 def test_a_model_that_keeps_gradients_is_refused():

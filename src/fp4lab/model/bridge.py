@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4lab.model.layers import KVCache, Rope, attend, rms_norm, rotate
-from fp4lab.model.linears import packed_matmul
+from fp4lab.model.linears import lookup, packed_matmul
 from fp4lab.model.store import WeightStore
 
 
@@ -34,7 +34,7 @@ class Bridge:
     def hidden(self, ids: Tensor, cache: KVCache | None = None, trace: list[Tensor] | None = None) -> Tensor:
         """ids [B, T] int64 -> hidden states after the final norm [B, T, H]."""
         raw = self.store.raw
-        x = F.embedding(ids, raw["model.embed_tokens.weight"]).to(self.dtype)
+        x = lookup(self.store.embedding, ids, self.dtype)
         cos, sin = self.rope.table(cache.length if cache else 0, ids.shape[1], self.dtype)
         for i in range(self.config.num_hidden_layers):
             x = self.layer(i, x, cos, sin, cache)

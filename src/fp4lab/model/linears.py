@@ -35,6 +35,21 @@ def packed_matmul(x: Tensor, p: PackedTensor, activations: str = "none", native:
     return F.linear(_round_input(x, activations), unpack(p, x.dtype))
 
 
+def lookup(table: "Tensor | PackedTensor", ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` of an embedding [V, H] in `dtype`, [..., H]; of a packed one only these rows are decoded."""
+    if isinstance(table, Tensor):
+        return F.embedding(ids, table).to(dtype)
+    at, second = ids.reshape(-1), table.global_scale
+    rows = PackedTensor(
+        table.codes[at],
+        table.block_scale.view(torch.uint8)[at].view(torch.float8_e4m3fn),
+        second[at] if second is not None and second.ndim else second,
+        (len(at), table.shape[1]),
+        table.divide,
+    )
+    return unpack(rows, dtype).view(*ids.shape, table.shape[1])
+
+
 class DenseLinear(nn.Module):
     """R: the unquantised linear."""
 
@@ -146,7 +161,7 @@ class _Looked(torch.autograd.Function):
     def forward(ctx, anchor: Tensor, ids: Tensor, embedding: "ConsumingEmbedding") -> Tensor:
         ctx.embedding = embedding
         ctx.save_for_backward(ids)
-        return F.embedding(ids, embedding.weight)
+        return lookup(embedding.weight, ids, embedding.dtype)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -159,12 +174,12 @@ class _Looked(torch.autograd.Function):
 class ConsumingEmbedding(nn.Module):
     """An embedding [V, H] whose gradient goes to `consume` as (ids [N], rows [N, H]), not as a table of its size."""
 
-    def __init__(self, weight: nn.Parameter):
+    def __init__(self, weight: "nn.Parameter | PackedTensor", dtype: torch.dtype):
         super().__init__()
-        self.weight = weight
+        self.weight, self.dtype = weight, dtype
         self.consume: Callable[[Tensor, Tensor], None] | None = None
         # autograd follows inputs that want gradients, and ids are none
         self.register_buffer("anchor", torch.zeros((), device=weight.device, requires_grad=True), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return _Looked.apply(self.anchor, ids, self) if torch.is_grad_enabled() else F.embedding(ids, self.weight)
+        return _Looked.apply(self.anchor, ids, self) if torch.is_grad_enabled() else lookup(self.weight, ids, self.dtype)

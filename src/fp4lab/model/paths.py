@@ -9,6 +9,7 @@ C.noste_graph  block graph over the packed linears of A
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,9 @@ class Quirks:
     e4m3_top_nan: bool = False
 
 
-def _frozen(store: WeightStore) -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(t, requires_grad=False) for name, t in store.raw.items()}
+def _frozen(store: WeightStore) -> dict[str, Any]:
+    frozen: dict[str, Any] = {name: nn.Parameter(t, requires_grad=False) for name, t in store.raw.items()}
+    return frozen | ({EMBEDDING: store.packed[EMBEDDING]} if EMBEDDING in store.packed else {})
 
 
 def noste_model(store: WeightStore, dtype: torch.dtype, activations: str = "none", native: bool = False) -> Qwen3:
@@ -105,9 +107,10 @@ def fp2_model(
 
 def fused_model(store: WeightStore, dtype: torch.dtype, activations: str = "none") -> Qwen3:
     """B for step=fused: the store's codes are the only weights of its linears, and gradients are handed on, not kept."""
-    raw = {n: nn.Parameter(t, requires_grad=t.ndim == 1) for n, t in store.raw.items()}
+    raw: dict[str, Any] = {n: nn.Parameter(t, requires_grad=t.ndim == 1) for n, t in store.raw.items()}
+    raw[EMBEDDING] = raw.get(EMBEDDING, store.embedding)
     model = Qwen3(store.config, lambda name: ConsumingLinear(store.packed[name], activations), raw, dtype)
-    model.model.embed_tokens = ConsumingEmbedding(raw[EMBEDDING])
+    model.model.embed_tokens = ConsumingEmbedding(raw[EMBEDDING], dtype)
     return model
 
 

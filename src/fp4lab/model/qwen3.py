@@ -4,6 +4,7 @@ Parameter names equal those of the Hugging Face checkpoint. Oracle: transformers
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fp4lab.model.config import EMBEDDING, FINAL_NORM, Qwen3Config
 from fp4lab.model.layers import KVCache, Rope, attend, rms_norm, rotate
+from fp4lab.model.linears import lookup
+from fp4lab.nvfp4 import PackedTensor
 
 MakeLinear = Callable[[str], nn.Module]  # parameter name -> the linear that computes it
 
@@ -75,22 +78,25 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Not nn.Embedding, which wraps the given Parameter into a new one: a tied head would no longer share it."""
+    """Not nn.Embedding, which wraps the given Parameter into a new one: a tied head would no longer share it.
 
-    def __init__(self, weight: nn.Parameter):
+    `weight` [V, H] may be packed; then it is no parameter.
+    """
+
+    def __init__(self, weight: nn.Parameter | PackedTensor, dtype: torch.dtype):
         super().__init__()
-        self.weight = weight
+        self.weight, self.dtype = weight, dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+        return lookup(self.weight, ids, self.dtype)
 
 
 class Decoder(nn.Module):
     """Embedding, blocks, final norm: the part Hugging Face names `model.`."""
 
-    def __init__(self, config: Qwen3Config, make: MakeLinear, raw: dict[str, nn.Parameter]):
+    def __init__(self, config: Qwen3Config, make: MakeLinear, raw: dict[str, Any], dtype: torch.dtype):
         super().__init__()
-        self.embed_tokens: nn.Module = Embedding(raw[EMBEDDING])
+        self.embed_tokens: nn.Module = Embedding(raw[EMBEDDING], dtype)
         self.layers = nn.ModuleList(Block(config, i, make, raw) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(raw[FINAL_NORM], config.rms_norm_eps)
 
@@ -98,10 +104,10 @@ class Decoder(nn.Module):
 class Qwen3(nn.Module):
     """`hidden` then `logits`, so that a caller pays for the head only where it wants logits."""
 
-    def __init__(self, config: Qwen3Config, make_linear: MakeLinear, raw: dict[str, nn.Parameter], dtype: torch.dtype):
+    def __init__(self, config: Qwen3Config, make_linear: MakeLinear, raw: dict[str, Any], dtype: torch.dtype):
         super().__init__()
         self.config, self.dtype = config, dtype
-        self.model = Decoder(config, make_linear, raw)
+        self.model = Decoder(config, make_linear, raw, dtype)
         self.lm_head = make_linear("lm_head.weight")
         self.rope = Rope(config.head_dim, config.rope_theta, raw[FINAL_NORM].device)
         self.recompute = False  # a block keeps its input alone and is computed again in the backward
@@ -114,7 +120,7 @@ class Qwen3(nn.Module):
         `final_norm=False` leaves it out (quirk.no_final_norm).
         `trace` receives the hidden states after each block, before the final norm.
         """
-        x = self.model.embed_tokens(ids).to(self.dtype)
+        x = self.model.embed_tokens(ids)
         cos, sin = self.rope.table(cache.length if cache else 0, ids.shape[1], self.dtype)
         for block in self.model.layers:
             if self.recompute and torch.is_grad_enabled():

@@ -30,6 +30,11 @@ class WeightStore:
         self.dense: dict[str, Tensor] | None = None
         self.tied = False
 
+    @property
+    def embedding(self) -> "Tensor | PackedTensor":
+        """The table [V, H], raw or packed."""
+        return self.packed[EMBEDDING] if EMBEDDING in self.packed else self.raw[EMBEDDING]
+
     def update(self, name: str, value: "PackedTensor | Tensor") -> None:
         """Replaces the bytes of one tensor in place, for every path at once."""
         if isinstance(value, PackedTensor):
@@ -40,7 +45,7 @@ class WeightStore:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(kind, tensor) of all that the store holds, for the byte report."""
-        for p in self.fused.values():
+        for p in {id(p): p for p in self.fused.values()}.values():  # a tied head may be the embedding
             yield "packed_codes", p.codes
             yield "packed_scale", p.block_scale
             if p.global_scale is not None:
@@ -61,10 +66,12 @@ def build_store(
     quantise: Callable[[Tensor], PackedTensor],
     keep_dense: bool,
     source: str,
+    pack_embedding: bool = False,
 ) -> WeightStore:
     """Reads every tensor of the model by name, one layer at a time.
 
-    Linears that come unquantised are packed with `quantise`; `keep_dense` also keeps them in `dtype`.
+    Linears that come unquantised are packed with `quantise`; `keep_dense` also keeps them in `dtype`. `pack_embedding`
+    packs the embedding too: one tensor with a tied head; there is no unquantised path then.
     Raises UserError naming `source` and the tensor when one is missing or has another shape than config.json says.
     """
     store = WeightStore(config, device)
@@ -98,7 +105,10 @@ def build_store(
         value = fetch(name, shape)
         if isinstance(value, PackedTensor):
             raise UserError(f"{source}: {name} is NVFP4-packed; embeddings and norms are expected unquantised.")
-        store.raw[name] = value.to(dtype)
+        if name == EMBEDDING and pack_embedding:
+            store.fused["embed_tokens"] = store.packed[name] = quantise(value)
+        else:
+            store.raw[name] = value.to(dtype)
     for i in range(config.num_hidden_layers):
         prefix = f"model.layers.{i}."
         for fused, suffixes in (
@@ -115,13 +125,13 @@ def build_store(
                 store.packed[name] = whole.rows(start, start + rows)
                 start += rows
     if store.tied:
-        store.packed[HEAD] = quantise(store.raw[EMBEDDING])
-        if keep_dense:
+        store.packed[HEAD] = store.packed[EMBEDDING] if pack_embedding else quantise(store.raw[EMBEDDING])
+        if keep_dense and not pack_embedding:
             dense[HEAD] = store.raw[EMBEDDING]
     else:
         store.packed[HEAD] = linears({HEAD: config.linear_shape("lm_head")})
     store.fused["lm_head"] = store.packed[HEAD]
-    if keep_dense and len(dense) == len(store.packed):
+    if keep_dense and not pack_embedding and len(dense) == len(store.packed):
         store.dense = dense
     return store
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fp4lab.model.bridge import Bridge
 from fp4lab.model.qwen3 import Qwen3
-from fp4lab.train.loss import embedding
+from fp4lab.train.loss import embed
 
 PARTS = ("q", "k", "v", "attention", "o", "gate", "up", "down")  # in the order in which a layer computes them
 
@@ -52,7 +52,7 @@ def layer_input(path: Qwen3 | Bridge, ids: list[int], layer: int) -> Tensor:
         before = OneLayer(layer - 1)
         path.hidden(tensor, trace=before)
         return before[0]
-    return torch.nn.functional.embedding(tensor, embedding(path)).to(path.dtype)
+    return embed(path, tensor)
 
 
 @torch.no_grad()

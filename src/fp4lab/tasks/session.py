@@ -94,7 +94,7 @@ class Session:
         if self.backend == "fp2":
             self.store.dense = None  # the unquantised weights of the checkpoint are not this model's any more
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        if self.store.tied:
+        if self.store.tied and EMBEDDING in parameters:
             parameters[HEAD] = parameters[EMBEDDING]  # where a tied head has no parameter of its own
         changed, elements = torch.zeros((), dtype=torch.int64, device=self.device), 0
         for name, parameter in parameters.items():
@@ -145,6 +145,7 @@ def open_session(config: dict[str, Any], emit: Emit, trains: bool = True) -> Ses
             quantise=quantise,
             keep_dense=kind in ("random", "hf") and (trains or config["backend"]["name"] == "dense"),
             source=source,
+            pack_embedding=config["weights"]["embedding"] == "nvfp4",
         )
     for info in weights.files if weights else []:
         _report(emit, info)

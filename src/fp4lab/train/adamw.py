@@ -64,7 +64,7 @@ class ParameterState:
         shape, device = (packed.shape, packed.device) if image is None and packed else (image.shape, image.device)  # type: ignore[union-attr]
         self.rows, self.cols = matrix_shape(tuple(shape))
         self.device = device
-        kept = len(shape) == 1 or any(part in name for part in options.keep_high_precision)
+        kept = image is not None and (len(shape) == 1 or any(part in name for part in options.keep_high_precision))
         self.high_precision = kept and not options.pack_everything
         self.packed: PackedTensor | None = None
         self.master: Tensor | None = None

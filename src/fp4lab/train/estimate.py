@@ -102,10 +102,13 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
     head = shape.linear_shape("lm_head")
     tied = shape.tie_word_embeddings and kind in ("random", "hf")  # a .dat brings a head of its own, packed
     packed = {**linears, HEAD: head}
+    if config["weights"]["embedding"] == "nvfp4":
+        packed |= {} if tied else {EMBEDDING: (shape.vocab_size, shape.hidden_size)}  # a tied one is the head
+        raw = {k: v for k, v in raw.items() if k != EMBEDDING}
     n_packed = sum(r * c for r, c in packed.values())
     n_raw = sum(_count(s) for s in raw.values())
-    n_embedding = _count(raw[EMBEDDING])
-    trained = {**linears, **raw, **({} if tied else {HEAD: head})}
+    n_embedding = shape.vocab_size * shape.hidden_size
+    trained = {**linears, **shape.raw(), **({} if tied else {HEAD: head})}
     n = sum(_count(s) for s in trained.values())
 
     yield Row("process before the model", "CUDA context" if device == "cuda" else "Python and torch", baseline_mib)
@@ -157,7 +160,7 @@ def _fused(
 ) -> Iterator[Row]:
     """step=fused: moments, activations, and of one linear at a time its weight, its gradient and the update's scratch."""
     step, backward = config["step"], ("backward",)
-    yield from _moments(step, trained, True, size, device)
+    yield from _moments(step, trained, True, size, device, config["weights"]["embedding"] == "nvfp4")
     yield from _activations(shape, config, size, trained=True)
     largest = max(r * c for r, c in shape.linears().values())
     pieces = 8192 * shape.hidden_size  # train/fused.VOCABULARY_CHUNK
@@ -189,12 +192,19 @@ def _generation(shape: Qwen3Config, config: dict[str, Any], size: int, packed: d
     yield _row("logits", f"{shape.vocab_size:,} x {size + 4} bytes", shape.vocab_size * (size + 4), ("forward",))
 
 
-def _moments(step: dict[str, Any], trained: dict[str, Any], chunked: bool, master_size: int, device: str) -> Iterator[Row]:
+def _moments(
+    step: dict[str, Any],
+    trained: dict[str, tuple[int, ...]],
+    chunked: bool,
+    master_size: int,
+    device: str,
+    packed_embedding: bool = False,
+) -> Iterator[Row]:
     n = sum(_count(s) for s in trained.values())
     if not chunked:
         yield _row("moments m and v", f"2 x {n:,} x {master_size} bytes", 2.0 * n * master_size, ("step",))
         return
-    high = {k: s for k, s in trained.items() if len(s) == 1 or "embed_tokens" in k}  # adamw.ParameterState
+    high = {k: s for k, s in trained.items() if len(s) == 1 or ("embed_tokens" in k and not packed_embedding)}  # as in adamw
     low = {k: s for k, s in trained.items() if k not in high}
     n_high, n_low = sum(map(_count, high.values())), sum(map(_count, low.values()))
     rows, each = sum(s[0] for s in low.values()), _STATE[step["state"]]

@@ -57,7 +57,8 @@ class FusedAdamW:
             if name in self._norms:
                 trained[name] = self._norms[name], None
             elif isinstance(module, ConsumingEmbedding):
-                trained[name] = module.weight, None
+                kept = module.weight
+                trained[name] = (None, kept) if isinstance(kept, PackedTensor) else (kept, None)
                 module.consume = self._consume_lookup
             elif isinstance(module, ConsumingLinear) and not (name == HEAD and tied):
                 trained[name] = None, packed[name]

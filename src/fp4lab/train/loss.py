@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp4lab.model.linears import lookup
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.train.batches import IGNORE
 
@@ -20,17 +21,15 @@ def cross_entropy(model, hidden: Tensor, targets: Tensor) -> Tensor:
 def scalar(model: Qwen3, hidden: Tensor, targets: Tensor) -> Tensor:
     """Mean |hidden - embedding of the target|, over the targets that count."""
     counts = targets != IGNORE
-    wanted = F.embedding(targets[counts], embedding(model))
+    wanted = embed(model, targets[counts])
     return (hidden[counts].float() - wanted.detach().float()).abs().mean()
 
 
-def embedding(model) -> Tensor:
-    """The embedding table [V, H] of a path."""
-    if not isinstance(model, Qwen3):
-        return model.store.raw["model.embed_tokens.weight"]
-    table = model.model.embed_tokens.weight
-    assert isinstance(table, Tensor)
-    return table
+def embed(model, ids: Tensor) -> Tensor:
+    """The path's embedding of ids [...], [..., H]."""
+    if isinstance(model, Qwen3):
+        return model.model.embed_tokens(ids)
+    return lookup(model.store.embedding, ids, model.dtype)
 
 
 LOSSES = {"ce": cross_entropy, "scalar": scalar}
@@ -39,7 +38,7 @@ LOSSES = {"ce": cross_entropy, "scalar": scalar}
 @torch.no_grad()
 def evaluate(model, batches, name: str = "ce") -> tuple[float, int]:
     """Mean loss over all targets of the batches, and their number."""
-    device = embedding(model).device
+    device = model.rope.inv_freq.device
     total, tokens = 0.0, 0
     for batch in batches:
         targets = batch.targets.to(device)
