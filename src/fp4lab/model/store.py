@@ -78,6 +78,7 @@ def build_store(
     store.tied = HEAD not in names
     if store.tied and not config.tie_word_embeddings:
         raise UserError(f"{source}: {HEAD} is missing, and config.json does not tie it to the embedding.")
+    keep_dense = keep_dense and not pack_embedding
     dense: dict[str, Tensor] = {}
 
     def fetch(name: str, shape: tuple[int, ...]) -> Tensor | PackedTensor:
@@ -126,12 +127,12 @@ def build_store(
                 start += rows
     if store.tied:
         store.packed[HEAD] = store.packed[EMBEDDING] if pack_embedding else quantise(store.raw[EMBEDDING])
-        if keep_dense and not pack_embedding:
+        if keep_dense:
             dense[HEAD] = store.raw[EMBEDDING]
     else:
         store.packed[HEAD] = linears({HEAD: config.linear_shape("lm_head")})
     store.fused["lm_head"] = store.packed[HEAD]
-    if keep_dense and not pack_embedding and len(dense) == len(store.packed):
+    if keep_dense and len(dense) == len(store.packed):
         store.dense = dense
     return store
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp4lab.model.config import BLOCK, EMBEDDING, HEAD, Qwen3Config
+from fp4lab.train.fused import VOCABULARY_CHUNK
 
 MIB = 1 << 20
 PHASES = ("load", "forward", "backward", "step")
@@ -118,7 +119,7 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
     if config["task"]["name"] == "chat":
         yield from _generation(shape, config, size, packed)
         return
-    unquantised = kind in ("random", "hf")
+    unquantised = kind in ("random", "hf") and config["weights"]["embedding"] == "raw"
     if unquantised:
         n_dense = n_packed - (_count(head) if tied else 0)
         phases = PHASES if backend != "fp2" else ("load",) if step["name"] == "fused" else ("load", "forward", "backward")
@@ -163,7 +164,7 @@ def _fused(
     yield from _moments(step, trained, True, size, device, config["weights"]["embedding"] == "nvfp4")
     yield from _activations(shape, config, size, trained=True)
     largest = max(r * c for r, c in shape.linears().values())
-    pieces = 8192 * shape.hidden_size  # train/fused.VOCABULARY_CHUNK
+    pieces = VOCABULARY_CHUNK * shape.hidden_size
     text = f"2 x {max(largest, pieces):,} x {size} bytes"
     yield _row("one weight and its gradient", text, 2 * max(largest, pieces) * size, backward)
     widest = max(s[-1] for s in trained.values())
@@ -231,9 +232,9 @@ def _activations(shape: Qwen3Config, config: dict[str, Any], size: int, trained:
         yield _row("inputs of blocks", f"{layers} layers x {tokens} tokens x {h * size:,} bytes", layers * tokens * h * size)
         layers = 1
     yield _row("activations", f"{layers} layers x {tokens} tokens x {each:,} bytes", layers * tokens * each, phases)
-    yield _row(
-        "logits", f"{tokens} tokens x {shape.vocab_size:,} x {size + 4} bytes", tokens * shape.vocab_size * (size + 4), phases
-    )
+    width = min(shape.vocab_size, VOCABULARY_CHUNK) if config["step"]["name"] == "fused" else shape.vocab_size
+    text = f"{tokens} tokens x {width:,} x {size + 4} bytes"
+    yield _row("logits", text, tokens * width * (size + 4), phases)
 
 
 def _row(what: str, formula: str, count: float, phases: tuple[str, ...] = PHASES, host: bool = False) -> Row:
