@@ -157,14 +157,19 @@ def random_weights(config: Qwen3Config, seed: int, device: torch.device | str, d
 
 
 def concat_rows(parts: list[PackedTensor]) -> PackedTensor:
-    """One packed tensor of all rows. Per-tensor second-level scales that differ become per-row ones."""
+    """One packed tensor of all rows. Per-tensor second-level scales that are equal stay one; else they become per-row ones."""
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
     if any((p.global_scale is None) != (first.global_scale is None) or p.divide != first.divide for p in parts):
         raise UserError("tensors of one fused group (q/k/v or gate/up) have different kinds of second-level scale")
     scale = None
-    if first.global_scale is not None:
+    if first.global_scale is not None and all(
+        p.levels == "tensor" and torch.equal(p.global_scale, first.global_scale)  # type: ignore[arg-type]
+        for p in parts
+    ):
+        scale = first.global_scale
+    elif first.global_scale is not None:
         rows = [p.global_scale.reshape(-1, 1).expand(p.codes.shape[0], 1) for p in parts if p.global_scale is not None]
         scale = torch.cat(rows).contiguous()
     return PackedTensor(

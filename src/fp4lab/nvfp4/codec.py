@@ -6,9 +6,12 @@ torchao     amax / 6 in fp32 (made the reference file)          2^-6            
 native      amax / 6 in the input's dtype                       0                nearest, ties away from zero   0
 nearest     amax / 6 in fp32                                    2^-9             nearest, ties to even          2^-9
 stochastic  amax / 6, rounded UP so that nothing clips          2^-9             stochastic, unbiased           2^-9
+four_over_six  amax / 6 or amax / 4, whichever errs less        2^-9             nearest, ties to even          2^-9
 
 Second level (`levels`): "single" has none; "tensor" and "row" divide by amax / (6 * 448) first, so that block scales use
-E4M3's whole range. ct keeps the reciprocal and divides when decoding.
+E4M3's whole range. ct keeps the reciprocal and divides when decoding. four_over_six divides by amax / (6 * 256): a scale of
+amax / 4 is half as large again and must fit too (arXiv 2512.02010; with 4 the code's step below the largest value is a
+quarter of it, with 6 a third).
 
 Promise pack(unpack(p)) == p in codes and scales, for p = pack(x): nearest rules with single level where no block scale
 is below 2^-6 (then the largest code is 6, so amax gives the same scale back); with a given second-level scale likewise.
@@ -24,10 +27,11 @@ from torch import Tensor
 
 from fp4lab.nvfp4.packed import BLOCK, PackedTensor, matrix_shape
 
-RULES = ("ct", "torchao", "native", "nearest", "stochastic")
+RULES = ("ct", "torchao", "native", "nearest", "stochastic", "four_over_six")
 LEVELS = ("single", "tensor", "row")
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # value of code 0..7; bit 3 is the sign
 E2M1_MAX, E4M3_MAX, E4M3_TINY, E4M3_NORMAL = 6.0, 448.0, 2.0**-9, 2.0**-6
+TOP = {"four_over_six": 256.0}  # of the block scales that a second level aims at, where it is not all of E4M3
 PIECE = 1 << 22  # elements encoded or decoded at a time
 
 
@@ -125,7 +129,7 @@ def pack(
     if divided and levels == "single":
         divided = False
     if levels != "single" and global_scale is None:
-        global_scale = second_level(flat, "ct" if divided else rule, levels)
+        global_scale = second_level(flat, rule, levels, divided)
     codes = torch.empty(rows, flat.shape[1] // 2, dtype=torch.uint8, device=x.device)
     block_scale = torch.empty(rows, flat.shape[1] // BLOCK, dtype=torch.float8_e4m3fn, device=x.device)
     for start, stop in _pieces(rows, flat.shape[1]):
@@ -150,13 +154,21 @@ def repack_like(x: Tensor, p: PackedTensor, rule: str = "torchao", generator: to
     return pack(x, rule, p.levels, generator, kept)
 
 
-def second_level(x: Tensor, rule: str, levels: str) -> Tensor:
-    """fp32 second-level scale of [rows, cols]: amax / 2688, or for ct its reciprocal. All zeros give 1."""
-    amax = x.abs().amax() if levels == "tensor" else x.abs().amax(dim=1, keepdim=True)
-    amax = amax.float()
-    if rule == "ct":
-        return torch.where(amax > 0, E4M3_MAX * E2M1_MAX / amax, 1.0)
-    return torch.where(amax > 0, amax / (E4M3_MAX * E2M1_MAX), 1.0)
+def second_level(x: Tensor, rule: str, levels: str, divide: bool = False) -> Tensor:
+    """fp32 second-level scale of [rows, cols]: amax / 2688, or with `divide` its reciprocal. All zeros give 1."""
+    return scale_of_amax(largest(x) if levels == "tensor" else largest(x, 1), rule, divide)
+
+
+def largest(x: Tensor, dim: int | None = None) -> Tensor:
+    """max |x| in fp32, [] or [rows, 1], without a copy of x."""
+    low, high = torch.aminmax(x) if dim is None else torch.aminmax(x, dim=dim, keepdim=True)
+    return torch.maximum(-low, high).float()
+
+
+def scale_of_amax(amax: Tensor, rule: str, divide: bool) -> Tensor:
+    """The second-level scale that `rule` gives a tensor, row or fused group whose largest magnitude is amax (fp32)."""
+    top = TOP.get(rule, E4M3_MAX) * E2M1_MAX
+    return torch.where(amax > 0, top / amax if divide else amax / top, 1.0)
 
 
 def _encode(x: Tensor, rule: str, g: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -167,6 +179,8 @@ def _encode(x: Tensor, rule: str, g: Tensor | None, noise: Tensor | None) -> tup
         scale = encode_e4m3((amax / E2M1_MAX).clamp(2.0**-16, E4M3_MAX).float())
         y = blocks.float() / (scale.float() + 1e-12).unsqueeze(-1)
         return nibbles(encode_e2m1(y, "away")), scale
+    if rule == "four_over_six":
+        return _four_over_six(blocks.float(), amax.float(), g)
     wide, wanted = blocks.float(), amax.float() / E2M1_MAX
     if rule == "ct":
         assert g is not None
@@ -187,6 +201,26 @@ def _encode(x: Tensor, rule: str, g: Tensor | None, noise: Tensor | None) -> tup
         assert noise is not None
         return nibbles(encode_e2m1(y, "stochastic", noise.view_as(y))), scale
     return nibbles(encode_e2m1(y)), scale
+
+
+def _four_over_six(blocks: Tensor, amax: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each block scaled so that its largest value becomes 6, or 4 where the sum of squared errors is smaller then."""
+    values = torch.tensor([*E2M1, *(-v for v in E2M1)], device=blocks.device)
+    second = torch.ones((), device=blocks.device) if g is None else g
+    codes = scale = error = None
+    for top in (6.0, 4.0):
+        tried = encode_e4m3((amax / top / second).clamp(min=E4M3_TINY))
+        total = (tried.float() * second).unsqueeze(-1)
+        with_it = encode_e2m1(blocks / total)
+        lost = (values[with_it.int()] * total - blocks).square_().sum(-1)
+        if codes is None or scale is None or error is None:
+            codes, scale, error = with_it, tried, lost
+            continue
+        better = lost < error
+        codes = torch.where(better.unsqueeze(-1), with_it, codes)
+        scale = torch.where(better, tried.view(torch.uint8), scale.view(torch.uint8)).view(torch.float8_e4m3fn)
+    assert codes is not None and scale is not None
+    return nibbles(codes), scale
 
 
 def _not_below(scale: Tensor, wanted: Tensor) -> Tensor:
