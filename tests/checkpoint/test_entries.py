@@ -25,7 +25,7 @@ def test_a_dat_files_entries(tmp_path):
 def test_what_would_be_refused_is_told_and_is_refused(tmp_path):
     path = tmp_path / "m.dat"
     parts = [("a.qdata", torch.zeros(8, 16, dtype=torch.uint8), 100), ("b", torch.ones(3), None)]
-    write_dat(path, parts, 2)
+    write_dat(path, parts)
     alone, fine = entries(path)
     assert ".scale entry is missing" in alone.refused and fine.refused is None
     with pytest.raises(UserError, match="scale entry is missing"):

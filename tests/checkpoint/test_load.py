@@ -76,7 +76,7 @@ def dat(folder: Path, **entries: torch.Tensor | tuple[torch.Tensor, int]) -> Pat
     """A file of entries named with _ for the dot: w_qdata -> w.qdata."""
     path = folder / "w.dat"
     rows = [(k.replace("_", ".", 1), *(v if isinstance(v, tuple) else (v, None))) for k, v in entries.items()]
-    write_dat(path, rows, len(rows))
+    write_dat(path, rows)
     return path
 
 

@@ -2,6 +2,7 @@
 
 from fp4lab.checkpoint.dat import DatError, DatFile, write_dat
 from fp4lab.checkpoint.hf import HfDirectory
-from fp4lab.checkpoint.load import FileInfo, Weights, open_weights, save_dat, wide_scales
+from fp4lab.checkpoint.load import open_weights, save_dat, wide_scales
+from fp4lab.checkpoint.weights import FileInfo, Weights
 
 __all__ = ["DatError", "DatFile", "FileInfo", "HfDirectory", "Weights", "open_weights", "save_dat", "wide_scales", "write_dat"]

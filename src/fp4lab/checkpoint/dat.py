@@ -3,25 +3,28 @@
 file  := leb(entryCount) entry*
 entry := leb(keyByteLen) utf8-key leb(elemType) leb(ndim) leb(dim)*ndim payload
 
-Little-endian; leb is unsigned LEB128. The payload is prod(dims) elements, row-major, not aligned. A reader here maps the
-file, scans the headers once, and trusts nothing: every count is held against the bytes that are left.
+Little-endian; leb is unsigned LEB128. The payload is prod(dims) elements, row-major, not aligned. A reader here scans the
+headers once, and trusts nothing: every count is held against the bytes that are left.
 """
 
 import math
 import mmap
 import os
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fp4lab.checkpoint.atomic import whole_file
+from fp4lab.checkpoint.layout import FileWriter, Layout, Slot, read_tensor
 from fp4lab.errors import UserError
 
 FP4, FP8 = 100, 101
+QDATA, SCALE = ".qdata", ".scale"
+# An extension of ours: the second-level scale that the reference's format lacks. Files without one are plain.
+MULTIPLY, DIVIDE = ".scale_2", ".global_scale"
 # elemType: (torch dtype, bytes an element). 100 holds two FP4 codes a byte, dims being the packed ones.
 ELEM_TYPES: dict[int, tuple[torch.dtype, int]] = {
     0: (torch.uint8, 1),
@@ -37,7 +40,7 @@ ELEM_TYPES: dict[int, tuple[torch.dtype, int]] = {
     FP4: (torch.uint8, 1),
     FP8: (torch.float8_e4m3fn, 1),
 }
-_TYPE_OF = {dtype: number for number, (dtype, _) in ELEM_TYPES.items() if number != FP4}
+TYPE_OF = {dtype: number for number, (dtype, _) in ELEM_TYPES.items() if number != FP4}
 MAX_RANK = 8
 
 
@@ -62,49 +65,64 @@ class DatEntry:
 
 
 class DatFile:
-    """A mapped file. `entries` keeps the file's order. Tensors are copies, valid after `close`."""
+    """An open file. `entries` keeps the file's order. Tensors are copies, valid after `close`."""
 
-    def __init__(self, path: Path, mapped: mmap.mmap, entries: dict[str, DatEntry]):
-        self.path, self._map, self.entries = path, mapped, entries
+    def __init__(self, path: Path, file: int, size: int, entries: dict[str, DatEntry]):
+        self.path, self._file, self.size, self.entries = path, file, size, entries
 
     @classmethod
     def open(cls, path: str | Path) -> "DatFile":
-        """Maps the file and reads its headers. Raises DatError."""
+        """Reads the headers. Raises DatError."""
         path = Path(path)
         try:
-            with path.open("rb") as f:
-                size = os.fstat(f.fileno()).st_size
-                if size == 0:
-                    raise DatError(f"{path}: the file is empty; expected a .dat checkpoint")
-                mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            file = os.open(path, os.O_RDONLY)
         except OSError as e:
             raise DatError(f"{path}: cannot read it ({e.strerror}); check weights.path") from e
         try:
-            return cls(path, mapped, _scan(path, mapped, size))
+            size = os.fstat(file).st_size
+            if size == 0:
+                raise DatError(f"{path}: the file is empty; expected a .dat checkpoint")
+            with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as mapped:  # for the headers alone: payloads are read
+                return cls(path, file, size, _scan(path, mapped, size))
+        except OSError as e:
+            os.close(file)
+            raise DatError(f"{path}: cannot read it ({e.strerror}); check weights.path") from e
         except BaseException:
-            mapped.close()
+            os.close(file)
             raise
 
     def payload(self, key: str) -> bytes:
         """The raw bytes of one entry."""
-        e = self.entries[key]
-        return self._map[e.offset : e.offset + e.nbytes]
+        return self.piece(key, 0, self.entries[key].nbytes)
 
     def piece(self, key: str, start: int, most: int) -> bytes:
         """At most `most` bytes of one entry from byte `start` of it."""
         e = self.entries[key]
-        return self._map[e.offset + start : e.offset + min(start + most, e.nbytes)]
+        return os.pread(self._file, min(most, e.nbytes - start), e.offset + start)
 
     def tensor(self, key: str) -> Tensor:
-        """One entry as a tensor of its own dtype and dims."""
+        """One entry as a tensor of its own dtype and dims. Raises DatError when the file has been cut since."""
         e = self.entries[key]
-        flat = torch.from_numpy(np.frombuffer(self.payload(key), dtype=np.uint8).copy())
-        if e.nbytes == 0:
-            return torch.empty(e.dims, dtype=e.dtype)
-        return flat.view(e.dtype).reshape(e.dims)
+        try:
+            return read_tensor(self._file, Slot(key, e.dtype, e.dims, e.offset))
+        except EOFError as error:
+            raise DatError(f"{self.path}: {error}") from error
+
+    def layout(self, name: str) -> Layout:
+        """A layout whose file is this one, byte for byte, when it gets the same tensors."""
+        literals, at = [], 0
+        for e in self.entries.values():
+            literals.append((at, os.pread(self._file, e.offset - at, at)))
+            at = e.offset + e.nbytes
+        if at < self.size:  # no entries: the count alone
+            literals.append((at, os.pread(self._file, self.size - at, at)))
+        slots = {e.key: Slot(e.key, e.dtype, e.dims, e.offset) for e in self.entries.values()}
+        return Layout(name, self.size, tuple(literals), slots)
 
     def close(self) -> None:
-        self._map.close()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def __enter__(self) -> "DatFile":
         return self
@@ -199,38 +217,39 @@ def leb128(value: int) -> bytes:
             return bytes(out)
 
 
-def tensor_bytes(t: Tensor) -> bytes:
-    """A tensor's elements, row-major, little-endian."""
-    t = t.detach().to("cpu").contiguous()
-    return t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+def plan(name: str, entries: Mapping[str, tuple[int, tuple[int, ...]]]) -> Layout:
+    """The layout of a file with these (element type, dims), in their order. Raises ValueError for an unknown type."""
+    literals, slots = [], {}
+    header, start, at = leb128(len(entries)), 0, 0
+    for key, (elem_type, dims) in entries.items():
+        if elem_type not in ELEM_TYPES:
+            raise ValueError(f"{key}: there is no element type {elem_type}")
+        encoded = key.encode("utf-8")
+        header += leb128(len(encoded)) + encoded + leb128(elem_type) + leb128(len(dims)) + b"".join(map(leb128, dims))
+        literals.append((start, header))
+        slots[key] = slot = Slot(key, ELEM_TYPES[elem_type][0], tuple(dims), start + len(header))
+        start = at = slot.offset + slot.nbytes
+        header = b""
+    if header:
+        literals.append((0, header))
+        at = len(header)
+    return Layout(name, at, tuple(literals), slots)
 
 
-def write_dat(path: str | Path, entries: Iterable[tuple[str, Tensor, int | None]], count: int) -> None:
-    """Streams `count` (key, tensor, elemType or None for the dtype's own) into `path`, whole or not at all.
+def write_dat(path: str | Path, entries: Iterable[tuple[str, Tensor, int | None]]) -> None:
+    """Writes (key, tensor, elemType or None for the dtype's own) to `path`, whole or not at all.
 
-    Raises ValueError for a dtype that the format lacks or a wrong count.
+    Raises ValueError for a dtype that the format lacks, a type of another size, and a key given twice.
     """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(leb128(count))
-            written = 0
-            for key, t, elem_type in entries:
-                number = _TYPE_OF.get(t.dtype) if elem_type is None else elem_type
-                if number is None or ELEM_TYPES.get(number, (None, 0))[1] != t.element_size():
-                    raise ValueError(f"{key}: {t.dtype} cannot be written as element type {number}")
-                name = key.encode("utf-8")
-                f.write(leb128(len(name)) + name + leb128(number) + leb128(t.ndim))
-                f.write(b"".join(leb128(d) for d in t.shape))
-                f.write(tensor_bytes(t))
-                written += 1
-            if written != count:
-                raise ValueError(f"{written} entries were given, {count} announced")
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    types: dict[str, tuple[int, tuple[int, ...]]] = {}
+    values = {}
+    for key, t, elem_type in entries:
+        number = TYPE_OF.get(t.dtype) if elem_type is None else elem_type
+        if number is None or ELEM_TYPES.get(number, (None, 0))[1] != t.element_size():
+            raise ValueError(f"{key}: {t.dtype} cannot be written as element type {number}")
+        if key in types:
+            raise ValueError(f"{key}: given twice")
+        types[key], values[key] = (number, tuple(t.shape)), t
+    with whole_file(path) as part, FileWriter(part, plan(Path(path).name, types)) as writer:
+        for key, t in values.items():
+            writer.put(key, t)

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from fp4lab.checkpoint.dat import FP4, DatEntry, DatFile
+from fp4lab.checkpoint.dat import FP4, QDATA, SCALE, DatEntry, DatFile
 from fp4lab.checkpoint.hf import FLOATS, HfDirectory
-from fp4lab.checkpoint.load import PARTS, QDATA, SCALE, check_pair
+from fp4lab.checkpoint.load import PARTS, check_pair
+from fp4lab.checkpoint.public import PublicWeights, Scheme, detect
+from fp4lab.checkpoint.safetensors_file import NAMES
 from fp4lab.errors import UserError
 
 
@@ -89,11 +92,34 @@ def _refusal(file: DatFile, found: dict[str, DatEntry]) -> str | None:
 
 
 def _hf(path: Path) -> Iterator[EntryInfo]:
+    scheme = detect(path)
     folder = HfDirectory.open(path)
     try:
+        wrong, partner = (None, {}) if scheme is None else _pairs(path, scheme)
         for number, name in enumerate(folder.names()):
-            dtype, shape, size = folder.header(name)
-            bad = None if dtype in FLOATS else f"{dtype}; expected one of {', '.join(FLOATS)}"
-            yield EntryInfo(number, name, dtype, shape, size, refused=bad)
+            slot = folder.slot(name)
+            bad = wrong if wrong and name in wrong.split() else None
+            if name not in partner and NAMES[slot.dtype] not in FLOATS and bad is None:
+                bad = f"{NAMES[slot.dtype]}; expected one of {', '.join(FLOATS)}"
+            low = high = None
+            if name in partner and slot.dtype == torch.float8_e4m3fn and slot.nbytes:
+                data = folder.tensor(name, ("F8_E4M3",)).view(torch.uint8)
+                low, high = int(data.min()), int(data.max())
+            yield EntryInfo(number, name, NAMES[slot.dtype], slot.shape, slot.nbytes, low, high, partner.get(name), bad)
     finally:
         folder.close()
+
+
+def _pairs(path: Path, scheme: Scheme) -> tuple[str | None, dict[str, str]]:
+    """(why the folder would be refused, or None; codes and scales by key, each the other's)."""
+    try:
+        weights = PublicWeights(path, scheme)
+    except UserError as e:
+        return str(e).partition(": ")[2], {}
+    partner = {}
+    for name in weights.names():
+        if weights.info(name).dtype is None:
+            codes, scale, second = weights.keys(name)
+            partner.update({codes: scale, scale: codes, second: codes})
+    weights.close()
+    return None, partner

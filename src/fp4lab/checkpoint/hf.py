@@ -1,14 +1,13 @@
 """A Hugging Face model folder: config.json and safetensors, in one file or several with an index. Pickle is never loaded."""
 
 import json
-import math
-import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fp4lab.checkpoint.layout import Layout, Slot
+from fp4lab.checkpoint.safetensors_file import NAMES, SafetensorsFile
 from fp4lab.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -20,7 +19,7 @@ class HfDirectory:
 
     def __init__(self, folder: Path, where: dict[str, Path]):
         self.folder, self._where = folder, where
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, SafetensorsFile] = {}
 
     @classmethod
     def open(cls, folder: str | Path) -> "HfDirectory":
@@ -40,7 +39,9 @@ class HfDirectory:
                 raise UserError(f"{folder}: no *.safetensors in it.{hint}")
             where = {}
             for file in files:
-                for name in cls._handle(file).keys():  # noqa: SIM118  (not a dict)
+                opened = SafetensorsFile(file)
+                opened.close()
+                for name in opened.slots:
                     if name in where:
                         raise UserError(f"{file}: {name} is already in {where[name].name}; expected it once")
                     where[name] = file
@@ -53,42 +54,34 @@ class HfDirectory:
     def names(self) -> list[str]:
         return list(self._where)
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, in the dtype of the file. Raises UserError."""
-        file = self._where[name]
-        try:
-            dtype = self._slice(name).get_dtype()
-            if dtype not in FLOATS:
-                raise UserError(f"{file}: {name} is {dtype}; expected one of {', '.join(FLOATS)}")
-            return self._open[file].get_tensor(name)
-        except SafetensorError as e:
-            raise UserError(f"{file}: {name} is announced by the index, but: {e}") from e
+    def tensor(self, name: str, expected: Sequence[str] = FLOATS) -> Tensor:
+        """One tensor, in the dtype of the file. Raises UserError when that is none of `expected`."""
+        slot = self.slot(name)
+        if NAMES[slot.dtype] not in expected:
+            raise UserError(f"{self._where[name]}: {name} is {NAMES[slot.dtype]}; expected one of {', '.join(expected)}")
+        return self._file(self._where[name]).tensor(name)
 
-    def header(self, name: str) -> tuple[str, tuple[int, ...], int]:
-        """(dtype as the file names it, shape, bytes), without reading the tensor."""
-        found = self._slice(name)
-        dtype, shape = found.get_dtype(), tuple(found.get_shape())
-        bits = int(re.sub(r"\D.*", "", dtype.lstrip("BFIUC")) or 8)  # BF16, F8_E4M3, BOOL
-        return dtype, shape, math.prod(shape) * bits // 8
-
-    def _slice(self, name: str) -> Any:
+    def slot(self, name: str) -> Slot:
+        """Type, shape and size of one tensor, without reading it."""
         file = self._where[name]
-        if file not in self._open:
-            self._open[file] = self._handle(file)
-        try:
-            return self._open[file].get_slice(name)
-        except SafetensorError as e:
-            raise UserError(f"{file}: {name} is announced by the index, but: {e}") from e
+        slots = self._file(file).slots
+        if name not in slots:
+            raise UserError(f"{file}: {name} is announced by the index, but is not in the file")
+        return slots[name]
+
+    def layouts(self) -> list[Layout]:
+        """Layouts whose files are this folder's, byte for byte, when they get the same tensors."""
+        return [self._file(path).layout(path.name) for path in self.paths]
 
     def close(self) -> None:
+        for file in self._open.values():
+            file.close()
         self._open.clear()
 
-    @staticmethod
-    def _handle(file: Path) -> Any:
-        try:
-            return safe_open(str(file), framework="pt")
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{file}: not a readable safetensors file ({e})") from e
+    def _file(self, file: Path) -> SafetensorsFile:
+        if file not in self._open:
+            self._open[file] = SafetensorsFile(file)
+        return self._open[file]
 
 
 def _read_index(index: Path) -> dict[str, Path]:

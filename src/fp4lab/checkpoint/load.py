@@ -1,61 +1,29 @@
 """One way to read weights, whatever holds them: names as Hugging Face has them, tensors packed or not."""
 
 import difflib
-import functools
-import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fp4lab.checkpoint.dat import DatEntry, DatError, DatFile, write_dat
+from fp4lab.checkpoint.atomic import whole_file
+from fp4lab.checkpoint.dat import DIVIDE, MULTIPLY, QDATA, SCALE, DatEntry, DatError, DatFile
+from fp4lab.checkpoint.formats import DatFormat, fitted
 from fp4lab.checkpoint.hf import HfDirectory
+from fp4lab.checkpoint.layout import FileWriter, Layout
+from fp4lab.checkpoint.public import PublicWeights, detect
+from fp4lab.checkpoint.weights import FileInfo, TensorInfo, Weights
 from fp4lab.errors import UserError
 from fp4lab.nvfp4 import BLOCK, PackedTensor
 
-QDATA, SCALE = ".qdata", ".scale"
-# An extension of ours: the second-level scale that the reference's format lacks. Files without one are plain.
-MULTIPLY, DIVIDE = ".scale_2", ".global_scale"
 PARTS = (QDATA, SCALE, MULTIPLY, DIVIDE)
 _BYTES = (torch.uint8, torch.int8, torch.float8_e4m3fn)
 
 
-@dataclass(frozen=True)
-class FileInfo:
-    """A file that a run used. `sha256` is computed when first asked for."""
-
-    role: str
-    path: Path
-    format: str
-
-    @property
-    def bytes(self) -> int:
-        return self.path.stat().st_size
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        with self.path.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-class Weights(Protocol):
-    """A checkpoint, open."""
-
-    @property
-    def files(self) -> list[FileInfo]: ...
-
-    def names(self) -> list[str]: ...
-
-    def get(self, name: str) -> Tensor | PackedTensor: ...
-
-    def close(self) -> None: ...
-
-
 class DatWeights:
     """A `.dat` file: `NAME.qdata` and `NAME.scale` are one packed tensor, the rest is raw."""
+
+    format = "dat"
 
     def __init__(self, path: Path):
         self.file = DatFile.open(path)
@@ -64,6 +32,15 @@ class DatWeights:
 
     def names(self) -> list[str]:
         return list(self._parts)
+
+    def info(self, name: str) -> TensorInfo:
+        parts = self._parts[name]
+        if "raw" in parts:
+            return TensorInfo(parts["raw"].dims, parts["raw"].dtype)
+        second = parts.get(MULTIPLY) or parts.get(DIVIDE)
+        rows, half = parts[QDATA].dims
+        levels = "single" if second is None else "row" if second.dims else "tensor"
+        return TensorInfo((rows, half * 2), None, levels, DIVIDE in parts)
 
     def get(self, name: str) -> Tensor | PackedTensor:
         """Raises DatError for a pair whose parts do not fit together."""
@@ -78,12 +55,17 @@ class DatWeights:
         scale = _block_scale(self.file, parts[SCALE])
         return PackedTensor(codes, scale, second, (codes.shape[0], codes.shape[1] * 2), divide)
 
+    def layouts(self) -> list[Layout]:
+        return [self.file.layout(self.file.path.name)]
+
     def close(self) -> None:
         self.file.close()
 
 
 class HfWeights:
-    """A Hugging Face folder."""
+    """A Hugging Face folder of floats."""
+
+    format = "hf"
 
     def __init__(self, path: Path):
         self.folder = HfDirectory.open(path)
@@ -92,15 +74,25 @@ class HfWeights:
     def names(self) -> list[str]:
         return self.folder.names()
 
+    def info(self, name: str) -> TensorInfo:
+        slot = self.folder.slot(name)
+        return TensorInfo(slot.shape, slot.dtype)
+
     def get(self, name: str) -> Tensor:
         return self.folder.tensor(name)
+
+    def layouts(self) -> list[Layout]:
+        return self.folder.layouts()
 
     def close(self) -> None:
         self.folder.close()
 
 
 def open_weights(kind: str, path: str | Path) -> Weights:
-    """kind "dat" or "hf". Raises UserError, naming files of similar name where the path does not exist."""
+    """kind "dat" or "hf"; the folder's config.json says whether it is plain, compressed-tensors or ModelOpt.
+
+    Raises UserError, naming files of similar name where the path does not exist.
+    """
     path = Path(path)
     if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=3, cutoff=0.4)
@@ -108,7 +100,10 @@ def open_weights(kind: str, path: str | Path) -> Weights:
         raise UserError(f"weights.path={path}: no such file or folder.{hint}")
     if kind == "dat" and path.is_dir():
         raise UserError(f"weights.path={path}: a folder; weights=dat takes a .dat file (weights=hf takes a folder)")
-    return DatWeights(path) if kind == "dat" else HfWeights(path)
+    if kind == "dat":
+        return DatWeights(path)
+    scheme = detect(path)
+    return HfWeights(path) if scheme is None else PublicWeights(path, scheme)
 
 
 def save_dat(
@@ -118,8 +113,13 @@ def save_dat(
 
     `scale_dtype` float16 writes block scales as the reference's first exporter did (quirk.fp16_scales).
     """
-    entries = [e for name, value in tensors.items() for e in _entries(name, value, scale_dtype)]
-    write_dat(path, entries, len(entries))
+    form = DatFormat(None, scale_dtype)
+    parts = {k: p for name, value in tensors.items() for k, p in form.parts(name, TensorInfo.of(value)).items()}
+    (layout,) = form.plan(parts, 0)
+    with whole_file(path) as part, FileWriter(part, layout) as writer:
+        for name, value in tensors.items():
+            for key, t in form.encode(name, value).items():
+                writer.put(key, fitted(t, layout.slots[key]))
     return FileInfo("output", Path(path).resolve(), "dat")
 
 
@@ -128,18 +128,6 @@ def wide_scales(path: str | Path) -> tuple[int, int]:
     with DatFile.open(path) as file:
         wide = [e for key, e in file.entries.items() if key.endswith(SCALE) and e.dtype not in _BYTES]
     return len(wide), sum(e.nbytes for e in wide)
-
-
-def _entries(name: str, value: Tensor | PackedTensor, scale_dtype: torch.dtype) -> Iterable[tuple[str, Tensor, int | None]]:
-    if isinstance(value, Tensor):
-        yield name, value, None
-        return
-    if len(value.shape) != 2 or value.shape[1] % BLOCK:
-        raise ValueError(f"{name}: shape {list(value.shape)}; the format holds matrices of whole blocks of {BLOCK}")
-    yield name + QDATA, value.codes, None
-    yield name + SCALE, value.block_scale.to(scale_dtype), None
-    if value.global_scale is not None:
-        yield name + (DIVIDE if value.divide else MULTIPLY), value.global_scale, None
 
 
 def _siblings(path: Path) -> list[Path]:

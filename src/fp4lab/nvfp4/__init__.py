@@ -1,7 +1,7 @@
 """The number format: packed tensors, the reference codec, and the layouts hardware wants."""
 
 from fp4lab.nvfp4.changes import count_changed, keep_zero_signs
-from fp4lab.nvfp4.codec import LEVELS, RULES, decode_e4m3, encode_e2m1, encode_e4m3, pack, repack_like
+from fp4lab.nvfp4.codec import LEVELS, RULES, decode_e4m3, encode_e2m1, encode_e4m3, largest, pack, repack_like, scale_of_amax
 from fp4lab.nvfp4.dispatch import unpack
 from fp4lab.nvfp4.emulate import quantize_activations
 from fp4lab.nvfp4.native import native_available, operand, scaled_fp4_matmul
@@ -19,11 +19,13 @@ __all__ = [
     "encode_e2m1",
     "encode_e4m3",
     "keep_zero_signs",
+    "largest",
     "native_available",
     "operand",
     "pack",
     "quantize_activations",
     "repack_like",
+    "scale_of_amax",
     "scaled_fp4_matmul",
     "swizzle",
     "unpack",
