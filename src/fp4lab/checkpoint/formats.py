@@ -4,6 +4,7 @@ Codes and block scales only change their names. The second level is kept, or bec
 and the tensor multiplies; a tensor without one gets 1, which changes no value.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from fp4lab.checkpoint.layout import Layout, Slot
 from fp4lab.checkpoint.public import SCHEMES, WEIGHT, Scheme, is_scalar_of_activation
 from fp4lab.checkpoint.weights import TensorInfo
 from fp4lab.errors import UserError
-from fp4lab.model.config import EMBEDDING
+from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.nvfp4 import BLOCK, PackedTensor, unpack
 
 FORMATS = ("dat", "hf", *SCHEMES)
@@ -213,6 +214,16 @@ def _as_float(name: str, value: Tensor, wanted: torch.dtype | None) -> Tensor:
 def _renamed(name: str, scheme: Scheme) -> str:
     old = next(s.activation for s in SCHEMES.values() if name.endswith(s.activation))
     return name.removesuffix(old) + scheme.activation
+
+
+def model_order(name: str) -> tuple[int, int, str]:
+    """Sorts names as a model computes: embedding, layers by number, what follows them, head."""
+    if name == EMBEDDING:
+        return 0, 0, name
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    if found:
+        return 1, int(found[1]), name
+    return (3 if name == HEAD else 2), 0, name
 
 
 def shared_group(name: str) -> tuple[str, ...]:

@@ -62,17 +62,26 @@ class FileWriter:
             _write(self._file, memoryview(data), slot.offset)
         self._missing.discard(key)
 
+    def close(self) -> None:
+        """Brings the file to the disk. Raises ValueError when a tensor was never written."""
+        try:
+            os.fsync(self._file)
+        finally:
+            self.abandon()
+        if self._missing:
+            raise ValueError(f"{self.path.name}: never written: {', '.join(sorted(self._missing)[:3])}")
+
+    def abandon(self) -> None:
+        """Closes the file as it is."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
     def __enter__(self) -> "FileWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                os.fsync(self._file)
-        finally:
-            os.close(self._file)
-        if kind is None and self._missing:
-            raise ValueError(f"{self.path.name}: never written: {', '.join(sorted(self._missing)[:3])}")
+        self.abandon() if kind is not None else self.close()
 
 
 def _write(file: int, data: "bytes | memoryview", offset: int) -> None:

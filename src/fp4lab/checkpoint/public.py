@@ -158,6 +158,8 @@ class PublicWeights:
         self._packed: dict[str, str] = {}  # "X.weight" -> "X"
         self._names: list[str] = []
         self._pair()
+        # a file whose every second level is 1 holds single-level tensors, such as those of a .dat file
+        self._single = bool(self._packed) and all(self._second(m) == 1 for m in self._packed.values())
 
     def names(self) -> list[str]:
         return list(self._names)
@@ -167,6 +169,8 @@ class PublicWeights:
             slot = self.folder.slot(name)
             return TensorInfo(slot.shape, slot.dtype)
         rows, half = self.folder.slot(self._packed[name] + self.scheme.codes).shape
+        if self._single:
+            return TensorInfo((rows, half * 2), None)
         return TensorInfo((rows, half * 2), None, "tensor", self.scheme.divide)
 
     def get(self, name: str) -> Tensor | PackedTensor:
@@ -175,10 +179,8 @@ class PublicWeights:
         module, s = self._packed[name], self.scheme
         codes = self.folder.tensor(module + s.codes, ("U8",))
         scale = self.folder.tensor(module + s.scale, ("F8_E4M3",))
-        second = self.folder.tensor(module + s.second, ("F32",)).reshape(())
-        if not bool(torch.isfinite(second)) or float(second) <= 0:
-            raise self._fail(module + s.second, f"is {float(second)}; expected a positive number")
-        return PackedTensor(codes, scale, second, (codes.shape[0], codes.shape[1] * 2), s.divide)
+        second = None if self._single else self._second(module)
+        return PackedTensor(codes, scale, second, (codes.shape[0], codes.shape[1] * 2), s.divide and not self._single)
 
     def keys(self, name: str) -> list[str]:
         """The tensors of the files that `name` is made of."""
@@ -208,6 +210,12 @@ class PublicWeights:
             for part in owned:
                 if key.endswith(part) and key.removesuffix(part) + WEIGHT not in self._packed:
                     raise self._fail(key, f"belongs to no packed weight; expected {key.removesuffix(part)}{s.codes} of U8")
+
+    def _second(self, module: str) -> Tensor:
+        second = self.folder.tensor(module + self.scheme.second, ("F32",)).reshape(())
+        if not bool(torch.isfinite(second)) or float(second) <= 0:
+            raise self._fail(module + self.scheme.second, f"is {float(second)}; expected a positive number")
+        return second
 
     def _check(self, module: str, known: set[str]) -> None:
         s = self.scheme

@@ -1,0 +1,72 @@
+"""A checkpoint of one format into another, from path to path: `fp4lab export`, `import` and `convert`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fp4lab.checkpoint.export import Exported, Progress, Target, export
+from fp4lab.checkpoint.load import open_weights
+from fp4lab.checkpoint.public import SCHEMES
+from fp4lab.checkpoint.quantise import Quantised, Recipe, TensorError
+from fp4lab.checkpoint.weights import Weights
+from fp4lab.errors import UserError
+from fp4lab.model.config import HEAD
+
+# What each format's own tools do: the reference's recipe with torchao, compressed-tensors' preset, ModelOpt's.
+RECIPES = {
+    "dat": Recipe("torchao", "single", head="nvfp4"),
+    "compressed-tensors": Recipe("ct", "tensor"),
+    "modelopt": Recipe("nearest", "tensor"),
+}
+
+
+def recipe_for(
+    format_name: str,
+    rule: str | None = None,
+    levels: str | None = None,
+    ignore: tuple[str, ...] = (),
+    head: str | None = None,
+) -> Recipe:
+    """The format's own recipe with the choices given. Raises UserError for one that does not exist or fit."""
+    if format_name not in RECIPES:
+        raise UserError(f"--to {format_name} holds floats: nothing is quantised; expected one of {', '.join(RECIPES)}")
+    own = RECIPES[format_name]
+    if levels == "row" and format_name in SCHEMES:
+        raise UserError(f"--levels row: {format_name} has one second-level scale a tensor; use --levels tensor or single")
+    if levels is None:
+        levels = {"native": "single", "ct": own.levels if own.levels != "single" else "tensor"}.get(rule or "", own.levels)
+    if rule is None and levels != own.levels:
+        rule = "nearest"
+    return replace(own, rule=rule or own.rule, levels=levels, ignore=ignore, head=head or own.head)
+
+
+def convert(source: Path, target: Target, recipe: Recipe | None = None, progress: Progress | None = None) -> Exported:
+    """Reads `source` (a .dat file or a Hugging Face folder) and writes `target`.
+
+    Without a recipe nothing is quantised: what is packed is relabelled, floats stay floats. Raises UserError.
+    """
+    weights: Weights = open_weights("dat" if source.is_file() else "hf", source)
+    errors: list[TensorError] = []
+    try:
+        if recipe is None:
+            _refuse_floats(weights, target.format)
+        else:
+            weights = Quantised(weights, recipe, target.format == "compressed-tensors", errors.append)
+        return export(weights, target, errors, progress)
+    finally:
+        weights.close()
+
+
+def _refuse_floats(weights: Weights, format_name: str) -> None:
+    """A format of packed weights for a checkpoint that has none is a wish to quantise, which is not done unasked."""
+    if (
+        format_name != "hf"
+        and weights.format != format_name
+        and all(weights.info(n).dtype is not None for n in weights.names())
+    ):
+        raise UserError(
+            f"{weights.files[0].path.parent}: nothing in it is packed; `fp4lab convert` quantises it for {format_name}"
+        )
+    if format_name == "dat" and HEAD not in weights.names():
+        raise UserError(
+            f"{weights.files[0].path.parent}: its head is tied, and a .dat file has a packed one; `fp4lab convert` makes it"
+        )
