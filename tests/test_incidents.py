@@ -195,7 +195,7 @@ def test_inertia_of_packed_weights(runs):
 def test_fp16_scales(runs, tmp_path):
     """An export of untouched weights is the file they came from, to the byte, or it is another file."""
     output = tmp_path / "model.dat"
-    off, on = runs("fp16_scales", f"task.output={output}")
+    off, on = runs("fp16_scales", f"task.output={output}", "task.overwrite=true")
     for records, same in ((off, True), (on, False)):
         (source,), (written,) = of(records, "file", role="weights"), of(records, "file", role="output")
         assert (source["sha256"] == written["sha256"]) is same and (source["bytes"] == written["bytes"]) is same

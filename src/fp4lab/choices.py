@@ -128,7 +128,7 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
             said.append(f"{override} has no effect: task={task} generates with no cache policy.")
         elif key == "kvc.prefill" and config["kvc"]["name"] == "replay":
             said.append(f"{override} has no effect: kvc=replay has no cache to fill.")
-        elif task in ("chat", "compare", "inspect") and (key.split(".")[0] == "step" or key in _TRAINING_ONLY):
+        elif task in ("chat", "compare", "export", "inspect") and (key.split(".")[0] == "step" or key in _TRAINING_ONLY):
             said.append(f"{override} has no effect: task={task} trains nothing.")
         elif key.split(".")[0] == "step" and task == "step" and not trains:
             said.append(f"{override} has no effect: backend={backend} is not trained.")
@@ -147,7 +147,20 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
 
 # task: its own keys under `task`; a task that is not listed has none
 _TASK_KEYS: dict[str, tuple[str, ...]] = {
-    "tune": ("batch_size", "schedule", "warmup_steps", "eval_every", "log_every", "prompts", "max_tokens", "output"),
+    "tune": (
+        "batch_size",
+        "schedule",
+        "warmup_steps",
+        "eval_every",
+        "log_every",
+        "prompts",
+        "max_tokens",
+        "output",
+        "format",
+        "head",
+        "overwrite",
+    ),
+    "export": ("output", "format", "head", "overwrite"),
     "compare": ("prompts", "prompt_file"),
     "chat": (
         *("turns", "followup_prompt", "conversation", "max_tokens", "temperature", "top_p", "stop_tokens", "ignore_eos"),
@@ -156,9 +169,10 @@ _TASK_KEYS: dict[str, tuple[str, ...]] = {
 }
 _LOADING = ("start", "model_loaded", "session_disposed", "post_load_compacted")
 TASK_PHASES = {
-    "step": tuple(p for p in PHASES if p != "turn_done"),
+    "step": tuple(p for p in PHASES if p not in ("turn_done", "export_done")),
     "tune": ("start", "model_loaded", "batch_ready", "optimizer_step_done", "cleanup_done"),
     "compare": (*_LOADING, "first_token_done", "cleanup_done"),
+    "export": ("start", "model_loaded", "first_token_done", "export_done", "cleanup_done"),
     "inspect": ("start", "cleanup_done"),
     "chat": (*_LOADING, "turn_done", "cleanup_done"),
 }

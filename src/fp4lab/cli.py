@@ -4,11 +4,15 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fp4lab.errors import UserError
+
+if TYPE_CHECKING:
+    from fp4lab.checkpoint.export import Target
+    from fp4lab.checkpoint.quantise import Recipe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -139,6 +143,94 @@ def chat(
 
     out = out or Path("outputs") / (time.strftime("chat_%Y-%m-%d_%H-%M-%S_") + str(os.getpid()))
     raise typer.Exit(talk(compose(["task=chat", "kvc=persistent", *(overrides or [])], Path("conf")), out))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="a .dat file, or a Hugging Face folder (bf16, compressed-tensors, ModelOpt)")],
+    out: Annotated[Path, typer.Argument(help="the folder, or with --to dat the file, to write")],
+    to: Annotated[str, typer.Option(help="compressed-tensors, modelopt, dat or hf (floats)")],
+    rule: Annotated[
+        str | None, typer.Option(help="ct, torchao, native, nearest or four_over_six; default: the format's")
+    ] = None,
+    levels: Annotated[str | None, typer.Option(help="second-level scale: single (none), tensor, row (dat alone)")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="modules to leave unquantised, e.g. '*.layers.0.*'; again for more")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="lm_head: keep (also tied), nvfp4, float; default nvfp4 for dat, else keep")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="of floats: auto, keep, bfloat16, float16, float32")] = "auto",
+    scales: Annotated[
+        str, typer.Option(help="block scales of a .dat file: e4m3, or float16 as the first exporter wrote")
+    ] = "e4m3",
+    config: Annotated[
+        Path | None, typer.Option(help="folder with config.json and tokenizer; default: the source's own")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is at OUT")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
+) -> None:
+    """Quantise a checkpoint, or change its format, a tensor at a time. What is packed already is never quantised again."""
+    from fp4lab.checkpoint.convert import recipe_for
+    from fp4lab.checkpoint.export import Target
+
+    target = Target(out, to, dtype, scales, config, overwrite)
+    recipe = None
+    if to != "hf":
+        recipe = recipe_for(to, rule, levels, tuple(ignore or ()), head)
+    elif rule or levels or ignore or head:
+        raise UserError("--to hf writes floats: --rule, --levels, --ignore and --head have no effect; leave them out")
+    _convert(source, target, recipe, quiet)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="a .dat file, or a folder in one of the public formats")],
+    out: Annotated[Path, typer.Argument(help="the folder, or with --to dat the file, to write")],
+    to: Annotated[str, typer.Option(help="compressed-tensors, modelopt, hf (bf16) or dat")],
+    dtype: Annotated[str, typer.Option(help="of floats: auto, keep, bfloat16, float16, float32")] = "auto",
+    config: Annotated[
+        Path | None, typer.Option(help="folder with config.json and tokenizer; default: the source's own")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is at OUT")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
+) -> None:
+    """A packed checkpoint for other engines. Codes and block scales are relabelled; nothing is quantised."""
+    from fp4lab.checkpoint.export import Target
+
+    _convert(source, Target(out, to, dtype, config=config, overwrite=overwrite), None, quiet)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="a folder in compressed-tensors or ModelOpt format")],
+    out: Annotated[Path, typer.Argument(help="the .dat file to write")],
+    dtype: Annotated[str, typer.Option(help="of floats: auto (float16), keep, bfloat16, float32")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is at OUT")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
+) -> None:
+    """A packed checkpoint of other tools as a .dat file. Codes and block scales are relabelled; nothing is quantised."""
+    from fp4lab.checkpoint.export import Target
+
+    _convert(source, Target(out, "dat", dtype, overwrite=overwrite), None, quiet)
+
+
+def _convert(source: Path, target: "Target", recipe: "Recipe | None", quiet: bool) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fp4lab.analysis.errors import print_errors
+    from fp4lab.checkpoint.convert import convert as run
+
+    console = Console(stderr=True, highlight=False)
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        row = bar.add_task("", total=None)
+        done = run(source, target, recipe, lambda n, total, name: bar.update(row, completed=n, total=total, description=name))
+    print_errors(done.errors)
+    for info in done.files:
+        typer.echo(f"{info.sha256[:12]}  {info.bytes:>13,}  {info.path}")
+    for note in done.notes:
+        typer.echo(f"note: {note}", err=True)
 
 
 @app.command()

@@ -27,13 +27,14 @@ StopAfter = Enum(
         "backward_done",
         "optimizer_step_done",
         "turn_done",
+        "export_done",
         "cleanup_done",
     ],
 )
 Device = Enum("Device", ["auto", "cpu", "cuda"])
 DType = Enum("DType", ["auto", "float32", "bfloat16", "float16"])
 LossName = Enum("LossName", ["ce", "scalar"])
-TaskName = Enum("TaskName", ["step", "tune", "chat", "compare", "inspect"])
+TaskName = Enum("TaskName", ["step", "tune", "chat", "compare", "export", "inspect"])
 WeightsKind = Enum("WeightsKind", ["shipped", "random", "hf", "dat"])
 BackendName = Enum("BackendName", ["dense", "bridge", "fp2", "noste"])
 Activations = Enum("Activations", ["none", "nvfp4"])
@@ -50,6 +51,8 @@ Style = Enum("Style", ["official", "training"])
 EmbeddingFormat = Enum("EmbeddingFormat", ["raw", "nvfp4"])
 Rule = Enum("Rule", ["ct", "torchao", "native", "nearest", "stochastic", "four_over_six"])
 Levels = Enum("Levels", ["single", "tensor", "row"])
+Format = Enum("Format", ["dat", "hf", "compressed-tensors", "modelopt"])
+Head = Enum("Head", ["auto", "keep", "nvfp4", "float"])
 Blind = Enum("Blind", ["warn", "refuse"])
 Schedule = Enum("Schedule", ["constant", "cosine"])
 
@@ -70,7 +73,10 @@ class TaskConfig:
     prompts: list[str] = field(default_factory=list)  # tune: answered on every path at the end; compare: the prompts
     prompt_file: str | None = None  # compare: a file of prompts instead, one a line
     max_tokens: int = 24  # of each answer
-    output: str | None = None  # .dat file to write at the end
+    output: str | None = None  # tune, export: the file (dat) or folder (else) to write
+    format: Format = Format.dat  # of `output`
+    head: Head = Head.auto  # lm_head in `output`: keep (as it is, tied or not), nvfp4, float; auto: nvfp4 in a .dat, else keep
+    overwrite: bool = False  # what is at `output` may be replaced
     turns: int = 1  # of the conversation: `prompt`, then `followup_prompt` again and again
     followup_prompt: str = "continue."
     conversation: str | None = None  # file of turns instead: .txt (one a line) or .jsonl ({"role", "content"})

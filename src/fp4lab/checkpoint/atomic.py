@@ -24,7 +24,8 @@ def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
 
     Raises UserError when `path` exists and `overwrite` is false, or its folder does not exist.
     """
-    path = _target(path, overwrite)
+    path = refuse_existing(path, overwrite)
+    _clear(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,7 +42,8 @@ def whole_file(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """The same for a folder. One that is to be replaced changes names with the new one in one step, then is removed."""
-    path = _target(path, overwrite)
+    path = refuse_existing(path, overwrite)
+    _clear(path)
     part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     handle = os.open(part, os.O_RDONLY)
     try:
@@ -61,14 +63,14 @@ def whole_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         os.close(handle)
 
 
-def _target(path: str | Path, overwrite: bool) -> Path:
+def refuse_existing(path: str | Path, overwrite: bool) -> Path:
+    """The absolute path. Raises UserError when something is there that may not be overwritten, or the folder is missing."""
     path = Path(path).absolute()
     if not path.parent.is_dir():
         raise UserError(f"{path}: its folder {path.parent} does not exist; create it first")
     empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     if (path.exists() or path.is_symlink()) and not empty and not overwrite:
         raise UserError(f"{path} exists already; give another name, remove it, or allow overwriting")
-    _clear(path)
     return path
 
 

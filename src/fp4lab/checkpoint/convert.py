@@ -28,10 +28,10 @@ def recipe_for(
 ) -> Recipe:
     """The format's own recipe with the choices given. Raises UserError for one that does not exist or fit."""
     if format_name not in RECIPES:
-        raise UserError(f"--to {format_name} holds floats: nothing is quantised; expected one of {', '.join(RECIPES)}")
+        raise UserError(f"format {format_name!r} holds floats: nothing is quantised; expected one of {', '.join(RECIPES)}")
     own = RECIPES[format_name]
     if levels == "row" and format_name in SCHEMES:
-        raise UserError(f"--levels row: {format_name} has one second-level scale a tensor; use --levels tensor or single")
+        raise UserError(f"levels 'row': {format_name} has one second-level scale a tensor; use levels tensor or single")
     if levels is None:
         levels = {"native": "single", "ct": own.levels if own.levels != "single" else "tensor"}.get(rule or "", own.levels)
     if rule is None and levels != own.levels:

@@ -119,7 +119,7 @@ def _pairs(path: Path, scheme: Scheme) -> tuple[str | None, dict[str, str]]:
     partner = {}
     for name in weights.names():
         if weights.info(name).dtype is None:
-            codes, scale, second = weights.keys(name)
-            partner.update({codes: scale, scale: codes, second: codes})
+            codes, scale, _ = weights.keys(name)
+            partner.update({codes: scale, scale: codes})
     weights.close()
     return None, partner

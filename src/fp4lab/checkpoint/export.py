@@ -51,14 +51,14 @@ class Target:
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
-            ("to", self.format, FORMATS),
+            ("format", self.format, FORMATS),
             ("dtype", self.dtype, ("auto", "keep", *DTYPES)),
             ("scales", self.scales, ("e4m3", "float16")),
         ):
             if value not in allowed:
-                raise UserError(f"--{key} {value}: expected one of {', '.join(allowed)}")
+                raise UserError(f"{key} {value!r}: expected one of {', '.join(allowed)}")
         if self.scales != "e4m3" and self.format != "dat":
-            raise UserError(f"--scales {self.scales} is of --to dat; {self.format} has E4M3 scales")
+            raise UserError(f"scales {self.scales!r} are of .dat files; {self.format} has E4M3 scales")
 
 
 @dataclass

@@ -28,9 +28,13 @@ def source_folder(weights: Weights, given: Path | None) -> Path:
     elif weights.files:
         folder = weights.files[0].path.parent
     else:
-        raise UserError("these weights are of no folder: give --config DIR, with config.json and the tokenizer")
+        raise UserError(
+            "these weights are of no folder: give one with config.json and tokenizer (--config DIR; in a run, model.path=DIR)"
+        )
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: no config.json in it; give --config DIR, the folder of the model's config and tokenizer")
+        raise UserError(
+            f"{folder}: no config.json in it; give the folder of config and tokenizer (--config DIR; in a run, model.path=DIR)"
+        )
     return folder
 
 

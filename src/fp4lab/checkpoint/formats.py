@@ -14,14 +14,13 @@ from torch import Tensor
 from fp4lab.checkpoint import dat, safetensors_file
 from fp4lab.checkpoint.layout import Layout, Slot
 from fp4lab.checkpoint.public import SCHEMES, WEIGHT, Scheme, is_scalar_of_activation
-from fp4lab.checkpoint.weights import TensorInfo
+from fp4lab.checkpoint.weights import TensorInfo, as_dtype
 from fp4lab.errors import UserError
 from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.nvfp4 import BLOCK, PackedTensor, unpack
 
 FORMATS = ("dat", "hf", *SCHEMES)
 FLOAT_SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FP16_MAX = 65504.0
 Part = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -202,13 +201,7 @@ def _float_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 
 
 def _as_float(name: str, value: Tensor, wanted: torch.dtype | None) -> Tensor:
-    """In the dtype asked for. Raises UserError where fp16 would make an infinity of a number."""
-    dtype = _float_dtype(value.dtype, wanted)
-    if dtype == torch.float16 and value.dtype != dtype and value.numel():
-        low, high = torch.aminmax(value)
-        if max(-float(low), float(high)) > FP16_MAX:
-            raise UserError(f"{name} has values beyond {FP16_MAX:g}, the largest of float16; use --dtype bfloat16 or keep")
-    return value.to(dtype)
+    return as_dtype(name, value, _float_dtype(value.dtype, wanted))
 
 
 def _renamed(name: str, scheme: Scheme) -> str:

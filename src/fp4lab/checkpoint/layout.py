@@ -59,7 +59,7 @@ class FileWriter:
             raise ValueError(f"{key}: {value.dtype} {list(value.shape)}; announced as {slot.dtype} {list(slot.shape)}")
         if value.numel():
             data = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
-            _write(self._file, memoryview(data), slot.offset)
+            _write(self._file, memoryview(data), slot.offset)  # type: ignore[arg-type]
         self._missing.discard(key)
 
     def close(self) -> None:

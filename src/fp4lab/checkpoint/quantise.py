@@ -42,13 +42,13 @@ class Recipe:
     def __post_init__(self) -> None:
         for key, value, allowed in (("rule", self.rule, RULES), ("levels", self.levels, LEVELS), ("head", self.head, HEADS)):
             if value not in allowed:
-                raise UserError(f"--{key} {value}: expected one of {', '.join(allowed)}")
+                raise UserError(f"{key} {value!r}: expected one of {', '.join(allowed)}")
         if self.rule == "stochastic":
-            raise UserError("--rule stochastic is for training; a file is rounded to nearest: use nearest or four_over_six")
+            raise UserError("rule 'stochastic' is for training; a file is rounded to nearest: use nearest or four_over_six")
         if self.rule == "ct" and self.levels == "single":
-            raise UserError("--rule ct always has a second-level scale: use --levels tensor or row")
+            raise UserError("rule 'ct' always has a second-level scale: use levels tensor or row")
         if self.rule == "native" and self.levels != "single":
-            raise UserError("--rule native has no second-level scale: use --levels single")
+            raise UserError("rule 'native' has no second-level scale: use levels single")
 
 
 @dataclass(frozen=True)

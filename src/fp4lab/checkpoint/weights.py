@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from fp4lab.checkpoint.layout import Layout
+from fp4lab.errors import UserError
 from fp4lab.nvfp4 import PackedTensor
+
+FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,15 @@ class TensorInfo:
         if isinstance(value, Tensor):
             return cls(tuple(value.shape), value.dtype)
         return cls(value.shape, None, value.levels, value.divide)
+
+
+def as_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in `dtype`. Raises UserError where float16 would make an infinity of a number."""
+    if dtype == torch.float16 and value.dtype != dtype and value.numel():
+        low, high = torch.aminmax(value)
+        if max(-float(low), float(high)) > FP16_MAX:
+            raise UserError(f"{name} has values beyond {FP16_MAX:g}, the largest of float16; write bfloat16 (--dtype bfloat16)")
+    return value.to(dtype)
 
 
 class Weights(Protocol):
@@ -120,7 +132,8 @@ class Replaced:
         if name not in self.values:
             return self.weights.get(name)
         value = self.values[name]
-        return value.to(self.info(name).dtype) if isinstance(value, Tensor) else value
+        dtype = self.info(name).dtype
+        return as_dtype(name, value, dtype) if isinstance(value, Tensor) and dtype is not None else value
 
     def layouts(self) -> list[Layout]:
         return self.weights.layouts()

@@ -104,10 +104,11 @@ def build_store(
 
     for name, shape in config.raw().items():
         value = fetch(name, shape)
-        if isinstance(value, PackedTensor):
-            raise UserError(f"{source}: {name} is NVFP4-packed; embeddings and norms are expected unquantised.")
         if name == EMBEDDING and pack_embedding:
-            store.fused["embed_tokens"] = store.packed[name] = quantise(value)
+            store.fused["embed_tokens"] = store.packed[name] = value if isinstance(value, PackedTensor) else quantise(value)
+        elif isinstance(value, PackedTensor):
+            hint = "; add weights.embedding=nvfp4 to use it so" if name == EMBEDDING else "; norms are expected unquantised"
+            raise UserError(f"{source}: {name} is NVFP4-packed{hint}.")
         else:
             store.raw[name] = value.to(dtype)
     for i in range(config.num_hidden_layers):

@@ -41,8 +41,8 @@ def _idle(quirk: str, config: dict[str, Any], shape: Qwen3Config, store: WeightS
         return "it is in the optimizer of task=step step=chunked"
     if quirk == "no_end_token" and (task["name"] not in ("step", "tune") or Path(config["data"]["path"]).suffix == ".txt"):
         return "it leaves <|im_end|> out of the targets of dialogues, in task=step and task=tune"
-    if quirk == "fp16_scales" and not (task["name"] == "tune" and task["output"]):
-        return "it is in the file that task=tune writes to task.output"
+    if quirk == "fp16_scales" and not (task["name"] in ("tune", "export") and task["output"]):
+        return "it is in the .dat file that task=tune and task=export write to task.output"
     if quirk == "top_p_can_empty" and not (chat and task["temperature"] > 0 and task["top_p"] < 1):
         return "a nucleus is drawn from in task=chat with task.temperature above 0 and task.top_p below 1"
     return None

@@ -2,18 +2,16 @@
 
 import math
 import time
-from pathlib import Path
 
 import torch
 
 from fp4lab.chat.generate import greedy
 from fp4lab.chat.template import render
-from fp4lab.checkpoint import save_dat, wide_scales
 from fp4lab.errors import Diverged, UserError
-from fp4lab.events import Emit, File, Loss, Note, Progress, Turn
-from fp4lab.model.config import EMBEDDING, HEAD
+from fp4lab.events import Emit, Loss, Progress, Turn
 from fp4lab.model.paths import TRAINABLE
 from fp4lab.model.qwen3 import Qwen3
+from fp4lab.tasks.export import check_output, save_model
 from fp4lab.tasks.meter import Phases
 from fp4lab.tasks.probe import all_paths, probe
 from fp4lab.tasks.session import Session, open_session, report_data, report_samples
@@ -39,6 +37,7 @@ def run(config: dict, emit: Emit) -> None:
         raise UserError(f"backend={config['backend']['name']} cannot be trained; use backend=fp2 or backend=dense")
     if step_config["name"] != "dense":
         raise UserError("task=tune trains with step=dense (torch AdamW) for now; add step=dense")
+    check_output(config)
     phases = Phases(config, emit)
     session = open_session(config, emit)
     phases.done("model_loaded")
@@ -87,11 +86,7 @@ def run(config: dict, emit: Emit) -> None:
     probe(session, config["prompt"], "after", emit)
     answer(session, task["prompts"], task["max_tokens"], emit)
     if task["output"]:
-        emit(write(session, Path(task["output"])))
-        wide, nbytes = wide_scales(task["output"])
-        if wide:
-            text = f"{wide} entries of block scales are floats ({nbytes} bytes); who reads E4M3 bytes reads other weights"
-            emit(Note(topic="export", text=f"{task['output']}: {text}"))
+        save_model(session, emit, trained=True)
     phases.done("cleanup_done")
 
 
@@ -131,19 +126,3 @@ def answer(session: Session, prompts: list[str], max_tokens: int, emit: Emit) ->
                         text=text,
                     )
                 )
-
-
-def write(session: Session, path: Path) -> File:
-    """The store as a .dat file: packed linears and head, fp16 embedding and norms, in the model's order."""
-    store = session.store
-    order = [EMBEDDING, *(n for i in range(store.config.num_hidden_layers) for n in _layer(store, i))]
-    order += [n for n in store.raw if n not in order and not n.startswith("model.layers.")] + [HEAD]
-    tensors = {n: store.packed[n] if n in store.packed else store.raw[n].to(torch.float16) for n in order}
-    fp16 = session.config["quirk"]["fp16_scales"]
-    info = save_dat(path, tensors, torch.float16 if fp16 else torch.float8_e4m3fn)
-    return File(role="output", path=str(info.path), format=info.format, bytes=info.bytes, sha256=info.sha256)
-
-
-def _layer(store, i: int) -> list[str]:
-    prefix = f"model.layers.{i}."
-    return sorted(n for n in (*store.packed, *store.raw) if n.startswith(prefix))

@@ -1,10 +1,17 @@
 """The worker's entry: the task that the configuration names, in this process."""
 
 from fp4lab.events import Emit
-from fp4lab.tasks import chat, compare, inspect, step, tune
+from fp4lab.tasks import chat, compare, export, inspect, step, tune
 from fp4lab.tasks.limits import soft_limit
 
-TASKS = {"step": step.run, "tune": tune.run, "chat": chat.run, "compare": compare.run, "inspect": inspect.run}
+TASKS = {
+    "step": step.run,
+    "tune": tune.run,
+    "chat": chat.run,
+    "compare": compare.run,
+    "export": export.run,
+    "inspect": inspect.run,
+}
 
 
 def main(config: dict, emit: Emit) -> None:
