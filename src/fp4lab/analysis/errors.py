@@ -18,7 +18,7 @@ def print_errors(errors: "Sequence[TensorError]", console: Console | None = None
     if not errors:
         return
     console = console or Console(highlight=False, soft_wrap=True)
-    kinds: "dict[str, list[TensorError]]" = defaultdict(list)
+    kinds: dict[str, list[TensorError]] = defaultdict(list)
     for e in errors:
         kinds[e.name.removesuffix(".weight").rpartition(".")[2]].append(e)
     table = Table("tensors", "", "relative error", "worst", "largest error", box=None, pad_edge=False)

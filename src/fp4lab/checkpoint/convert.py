@@ -66,7 +66,7 @@ def _refuse_floats(weights: Weights, format_name: str) -> None:
         raise UserError(
             f"{weights.files[0].path.parent}: nothing in it is packed; `fp4lab convert` quantises it for {format_name}"
         )
-    if format_name == "dat" and HEAD not in weights.names():
+    if format_name == "dat" != weights.format and HEAD not in weights.names():
         raise UserError(
             f"{weights.files[0].path.parent}: its head is tied, and a .dat file has a packed one; `fp4lab convert` makes it"
         )

@@ -17,7 +17,7 @@ from fp4lab.checkpoint import folder
 from fp4lab.checkpoint.atomic import whole_file, whole_folder
 from fp4lab.checkpoint.formats import FORMATS, Format, fitted, format_of, model_order, same_layout, shared_group
 from fp4lab.checkpoint.layout import FileWriter, Layout
-from fp4lab.checkpoint.public import SCHEMES, read_json
+from fp4lab.checkpoint.public import SCHEMES, is_scale_of_cache, read_json
 from fp4lab.checkpoint.quantise import TensorError
 from fp4lab.checkpoint.weights import FileInfo, Weights
 from fp4lab.errors import UserError
@@ -83,7 +83,10 @@ def export(
     inputs = [info.path for info in weights.files] + ([target.config / folder.CONFIG] if target.config else [])
     refuse_own_input(target.path, inputs)
     form = format_of(target.format, _dtype(weights, target), DTYPES.get(target.scales, torch.float8_e4m3fn))
-    by_name = {name: form.parts(name, weights.info(name)) for name in sorted(weights.names(), key=model_order)}
+    order = sorted(weights.names(), key=model_order)
+    by_name = {name: form.parts(name, weights.info(name)) for name in order}
+    if weights.format != target.format:
+        by_name.update((name, {}) for name in order if is_scale_of_cache(name))  # two conventions, and none of ours
     parts = {key: part for found in by_name.values() for key, part in found.items()}
     layouts = weights.layouts() if weights.format == target.format else []
     same = bool(layouts) and target.scales == "e4m3" and same_layout(layouts, parts)
@@ -91,9 +94,9 @@ def export(
         layouts = form.plan(parts, target.shard_bytes)
     check_space(target.path, sum(layout.size for layout in layouts))
     done = Exported(target.path, target.format, [], same, errors=[] if errors is None else errors)
-    dropped = sum(not found for found in by_name.values())
+    dropped = [name for name, found in by_name.items() if not found]
     if dropped:
-        done.notes.append(f"{dropped} scales of activations are left out: {target.format} has no place for them")
+        done.notes.append(f"{len(dropped)} scales of activations or of the KV cache are left out (first: {dropped[0]})")
     if target.format == "dat":
         _clear_manifest(target.path)
         with whole_file(target.path, target.overwrite) as part:

@@ -41,6 +41,8 @@ class DatFormat:
         self.dtype, self.scale_dtype = dtype, scale_dtype
 
     def parts(self, name: str, info: TensorInfo) -> dict[str, Part]:
+        if is_scalar_of_activation(name):
+            return {name: (torch.float32, info.shape)}
         if info.dtype is not None:
             return {name: (_float_dtype(info.dtype, self.dtype), info.shape)}
         if len(info.shape) != 2 or info.shape[1] % BLOCK:
@@ -57,7 +59,7 @@ class DatFormat:
 
     def encode(self, name: str, value: Tensor | PackedTensor) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
-            return {name: _as_float(name, value, self.dtype)}
+            return {name: value if is_scalar_of_activation(name) else _as_float(name, value, self.dtype)}
         found = {name + dat.QDATA: value.codes, name + dat.SCALE: value.block_scale}
         if value.global_scale is not None:
             found[name + (dat.DIVIDE if value.divide else dat.MULTIPLY)] = value.global_scale
@@ -103,8 +105,6 @@ class FloatFormat(_Safetensors):
         return {name: (dtype if info.dtype is None else _float_dtype(info.dtype, self.dtype), info.shape)}
 
     def encode(self, name: str, value: Tensor | PackedTensor) -> dict[str, Tensor]:
-        if is_scalar_of_activation(name):
-            return {}
         if isinstance(value, PackedTensor):
             return {name: unpack(value, self.dtype or torch.bfloat16)}
         return {name: _as_float(name, value, self.dtype)}

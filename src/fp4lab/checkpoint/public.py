@@ -242,6 +242,11 @@ def is_scalar_of_activation(name: str) -> bool:
     return any(name.endswith(s.activation) for s in SCHEMES.values())
 
 
+def is_scale_of_cache(name: str) -> bool:
+    """Whether `name` is a scale of an FP8 KV cache: `self_attn.k_scale`, or ModelOpt's `k_proj.k_scale`."""
+    return name.endswith((".k_scale", ".v_scale"))
+
+
 def is_float(info: TensorInfo) -> bool:
     """Whether it is a float of a kind that weights come in."""
     return info.dtype in (torch.float32, torch.float16, torch.bfloat16)
