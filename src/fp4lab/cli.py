@@ -221,8 +221,10 @@ def _convert(source: Path, target: "Target", recipe: "Recipe | None", quiet: boo
 
     from fp4lab.analysis.errors import print_errors
     from fp4lab.checkpoint.convert import convert as run
+    from fp4lab.checkpoint.convert import return_freed_memory
 
     console = Console(stderr=True, highlight=False)
+    return_freed_memory()
     with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         row = bar.add_task("", total=None)
         done = run(source, target, recipe, lambda n, total, name: bar.update(row, completed=n, total=total, description=name))

@@ -377,7 +377,7 @@ def test_nothing_is_quantised_unasked(sources, tmp_path):
         with pytest.raises(UserError, match="nothing in it is packed; `fp4lab convert` quantises it"):
             to(sources["hf"], tmp_path / "out", form)
     to(sources["hf"], tmp_path / "tied", "modelopt", recipe_for("modelopt"))
-    with pytest.raises(UserError, match="its head is tied, and a .dat file has a packed one"):
+    with pytest.raises(UserError, match=r"its head is tied, and a .dat file has a packed one"):
         to(tmp_path / "tied", tmp_path / "out.dat", "dat")
 
 
