@@ -27,10 +27,9 @@ from fp4lab.events import StateHealth
 from fp4lab.nvfp4 import BLOCK, PackedTensor, pack, unpack, update_stochastic
 from fp4lab.nvfp4.packed import matrix_shape
 from fp4lab.train.health import Health
-from fp4lab.train.noise import uniform
+from fp4lab.train.noise import dither, key
 from fp4lab.train.state import Moment, named_parts, write_rows
 
-E4M3_NAN = 0x7F
 MASTERS = ("packed", "packed_stochastic", "bf16", "fp32")
 
 
@@ -77,8 +76,8 @@ class ParameterState:
             self.packed = start.to("cpu") if options.offload_w else start
         state = "fp32" if self.high_precision else options.state
         self.mv_device = torch.device("cpu") if options.offload_mv else device
-        self.m = Moment(self.rows, self.cols, state, False, self.mv_device)
-        self.v = Moment(self.rows, self.cols, state, True, self.mv_device)
+        self.m = Moment(self.rows, self.cols, state, False, self.mv_device, options.beta1)
+        self.v = Moment(self.rows, self.cols, state, True, self.mv_device, options.beta2)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows of the stored weight, fp32, on the parameter's device."""
@@ -117,13 +116,9 @@ class ParameterState:
         kept = old.global_scale if old.levels == "tensor" else None
         if self.options.master == "packed":
             return pack(value, _nearest_rule(self.options.rule, old), old.levels, global_scale=kept)
-        cols = old.codes.shape[1] * 2
-        noise = uniform(self.options.seed, step, 2 * self.index, start, stop, cols, value.device)
-        blocks = uniform(self.options.seed, step, 2 * self.index + 1, start, stop, cols // 16, value.device)
-        new = update_stochastic(value, old, noise, blocks)
-        # codes have no NaN, and the comparisons above would turn one into a plain 0
-        new.block_scale.view(torch.uint8).masked_fill_(~value.sum(dim=1, keepdim=True).isfinite(), E4M3_NAN)
-        return new
+        field = key(self.options.seed, step, self.index)
+        noise, blocks = dither(field, start, stop, old.codes.shape[1] * 2, value.device)
+        return update_stochastic(value, old, noise, blocks)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(kind, tensor) for the byte report, e.g. ("state_w_codes", ...)."""
@@ -208,8 +203,9 @@ def update_rows(s: ParameterState, grad: Tensor, first: int, step: int, lr: floa
             update.clamp_(-o.max_update, o.max_update)
         new = w * (1 - lr * o.weight_decay) - lr * update
         after, rescaled = s.write(start, stop, new, step)
-        s.m.write(start, stop, m.to(s.mv_device))
-        s.v.write(start, stop, v.to(s.mv_device))
+        largest = g.abs().amax(dim=1, keepdim=True)
+        s.m.write(start, stop, m.to(s.mv_device), largest)
+        s.v.write(start, stop, v.to(s.mv_device), largest)
         health.update(update)
         if not s.high_precision:  # floats that always move would hide packed weights that never do
             health.weights(w, new, after, rescaled)
