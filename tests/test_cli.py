@@ -60,7 +60,7 @@ def test_compare(fp4lab, sweep):
     assert first.split()[:4] == ["0", "0.1", "failed", "2.5000"]
     assert second.split()[:4] == ["1", "0.2", "unfinished", "2.5000"]
     assert said[0] == "run 0: failed: KeyError: [/data] of [task]"
-    assert said[1].startswith("run 1: unfinished: no result.json")
+    assert said[1].startswith("run 1: unfinished: its records have no end")
 
 
 def test_compare_as_csv(fp4lab, sweep):

@@ -30,7 +30,7 @@ def compare(
     from fp4lab.analysis.paths import print_paths
     from fp4lab.analysis.table import print_runs
 
-    runs = load_runs(folder)
+    runs = load_runs(folder).runs
     if csv:
         runs.to_csv(sys.stdout, index=False)
     else:
@@ -67,17 +67,21 @@ def inspect(path: Annotated[Path, typer.Argument(help="a run's folder (or a swee
 
 
 def _inspect_runs(folder: Path) -> None:
-    from fp4lab.analysis.frames import read_events, read_result, run_folders
+    from fp4lab.analysis.records import read_events, read_result, run_folders
+    from fp4lab.analysis.rows import RunRow
     from fp4lab.tracking.console import ConsoleTracker
 
     for run in run_folders(folder):
-        result, records = read_result(run), read_events(run)
-        console = ConsoleTracker("  ".join([str(run), *result.get("overrides", [])]))
+        records = read_events(run)
+        refused = {} if records else read_result(run)
+        overrides = refused.get("overrides") or (records[0].get("overrides") if records else None) or []
+        console, summed = ConsoleTracker("  ".join([str(run), *overrides])), RunRow()
         for record in records:
             console.record(record)
+            summed.add(record)
         if not any(r["kind"] == "end" for r in records):  # refused before it began, or killed with its supervisor
-            end = {"status": result["status"], "reason": result["reason"], "seconds": result["seconds"] or 0.0}
-            console.record({"kind": "end", **end})
+            end = refused or summed.row()
+            console.record({"kind": "end", **{k: end[k] for k in ("status", "reason")}, "seconds": end["seconds"] or 0.0})
 
 
 def _inspect_weights(path: Path) -> None:

@@ -22,7 +22,7 @@ class SweepTable(Callback):
         console = terminal()
         console.print()
         try:
-            runs = load_runs(folder)
+            runs = load_runs(folder).runs
         except UserError as e:
             console.print(str(e), markup=False)
             return

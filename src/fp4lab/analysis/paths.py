@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp4lab.analysis.frames import read_events, run_folders
+from fp4lab.analysis.records import read_events, run_folders
 from fp4lab.analysis.table import terminal
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp4lab.analysis.frames import load_events, load_runs
+from fp4lab.analysis.frames import load_runs
 from fp4lab.analysis.paths import draw_layers
 from fp4lab.analysis.table import options
 from fp4lab.config import PHASES
@@ -26,7 +26,8 @@ def sweep_figure(folder: str | Path) -> "Figure":
     """The figure of all runs in `folder`. Raises UserError if there are none, or more than MOST_RUNS."""
     from matplotlib.figure import Figure
 
-    runs, phases = load_runs(folder), load_events(folder, "phase")
+    frames = load_runs(folder)
+    runs, phases = frames.runs, frames.phases
     if len(runs) > MOST_RUNS:
         raise UserError(f"{folder}: {len(runs)} runs; a picture holds at most {MOST_RUNS}; use `fp4lab compare --csv`")
     level, peak, what = _readings(phases)
@@ -45,7 +46,7 @@ def sweep_figure(folder: str | Path) -> "Figure":
         _memory(axes, row, mine, order, level, peak, label(row, runs))
     for axes in list(panels)[len(runs) :]:
         axes.set_visible(False)
-    turns, depths = load_events(folder, "turn"), load_events(folder, "layer_diff")
+    turns, depths = frames.turns, frames.layers
     if len(depths):
         _layers(lower, depths, runs)
     elif len(turns) and (runs["trained"] == False).all():  # noqa: E712  (a column of objects)

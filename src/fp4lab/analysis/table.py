@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp4lab.analysis.frames import RESULTS
+from fp4lab.analysis.rows import RESULTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +36,7 @@ def options(runs: "pd.DataFrame") -> tuple[list[str], dict[str, str]]:
 def sweep_table(runs: "pd.DataFrame", width: int = PIPE_WIDTH) -> "Table":
     """What was swept, then status, loss, first-token agreement, peak memory, slowest phase, time; for `width` columns.
 
-    `runs` is from load_runs. Options that all runs share are in the caption. What does not fit is left out, in the order of
+    `runs` is that of load_runs. Options that all runs share are in the caption. What does not fit is left out, in the order of
     _SPARE; summary.csv has it still.
     """
     from rich.console import Console
@@ -110,7 +110,7 @@ def terminal() -> "Console":
 
 
 def write_summary(runs: "pd.DataFrame", folder: Path) -> Path:
-    """`folder`/summary.csv: every column of load_runs at full precision. Returns its path."""
+    """`folder`/summary.csv: every column of load_runs(...).runs at full precision. Returns its path."""
     path = Path(folder) / SUMMARY
     runs.to_csv(path, index=False)
     return path
