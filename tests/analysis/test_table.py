@@ -92,3 +92,13 @@ def test_reasons_and_summary_file(sweep):
     lines = write_summary(runs, sweep).read_text().splitlines()
     assert len(lines) == 4 and "lr" in lines[0].split(",")
     assert load_runs(sweep).runs.equals(runs)  # the file is taken for no run
+
+
+def test_best_and_worst_of_what_ended_well(tmp_path):
+    for at, (loss, mib) in enumerate([(2.0, 300.0), (1.0, 200.0), (3.0, 200.4)]):
+        write_run(tmp_path / str(at), [f"seed={at}"], [Phase(name="start", proc_rss_mib=mib), Loss(loss=loss)])
+    write_run(tmp_path / "3", ["seed=3"], [Phase(name="start", proc_rss_mib=9.0), Loss(loss=0.1)], "oom", "no more")
+    text = rendered(sweep_table(load_runs(tmp_path).runs))
+    assert [word for word in text.split() if word[-1] in "*!" and word[:-1]] == ["300!", "1.0000*", "200*", "3.0000!", "200*"]
+    assert "0.1000 " in text and "* best, ! worst" in text
+    assert reasons(load_runs(tmp_path).runs) == ["run 3: oom after start: no more"]

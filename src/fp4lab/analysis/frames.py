@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-_CHUNK = 100_000  # rows turned into a frame at once: bounds what Python's objects take
+_CHUNK = 20_000  # rows turned into a frame at once: bounds what Python's objects take
 _FRAMES = {  # frame: (kind of record, fields; None: all of the kind's)
     "starts": ("start", None),
     "phases": ("phase", None),
