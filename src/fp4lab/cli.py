@@ -58,6 +58,17 @@ def compare(
         typer.echo(f"wrote {save_figure(folder, plot)}", err=True)
 
 
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="a sweep's folder, or one run's")],
+    png: Annotated[bool, typer.Option("--png", help="also write every figure as PNG, into its folder plots/")] = False,
+) -> None:
+    """A sweep as one HTML file, report.html in its folder: tables, figures, what was run and what it was made of."""
+    from fp4lab.analysis.report import write_report
+
+    typer.echo(f"wrote {write_report(folder, png)}")
+
+
 def _against(now: "pd.DataFrame", was: "pd.DataFrame", given: list[str], as_json: bool) -> int:
     from dataclasses import asdict
 

@@ -121,6 +121,28 @@ def _columns(first_loss: bool) -> list[tuple[str, Any, Callable[[dict[str, Any]]
     ]
 
 
+def html_rows(runs: "pd.DataFrame") -> tuple[list[str], list[list[str | tuple[str, str]]], frozenset[int]]:
+    """The same table for a page: header, rows of cells (text, or text and a CSS class), columns that are numbers."""
+    from rich.text import Text
+
+    swept, _ = options(runs)
+    rows = runs.to_dict("records")
+    kept = [c for c in _columns(True) if c[0] in _ALWAYS or any(c[2](row) for row in rows)]
+    marks = {header: _marks(header, rows) for header, _, _ in kept}
+    names = {_BEST: " best", _WORST: " worst"}
+    said: list[list[str | tuple[str, str]]] = []
+    for at, row in enumerate(rows):
+        cells: list[str | tuple[str, str]] = [str(row["run"]), *("" if missing(row[c]) else str(row[c]) for c in swept)]
+        for name, _, cell in kept:
+            mark, text = marks[name].get(at, ""), Text.from_markup(cell(row)).plain
+            css = "good" if mark == _BEST else "ended" if name == "status" and row["status"] not in _WELL else ""
+            cells.append((text + names.get(mark, ""), css))
+        said.append([*cells, row["last_phase"] or ""])
+    header = ["run", *swept, *(c[0].replace("\n", " ") for c in kept), "last phase"]
+    ranked = {1 + len(swept) + i for i, c in enumerate(kept) if c[1] == "right"}
+    return header, said, frozenset({0, *range(1, 1 + len(swept)), *ranked})
+
+
 def print_runs(runs: "pd.DataFrame", console: "Console | None" = None) -> None:
     """The table, then a line for each run that has a reason to give."""
     console = console or terminal()

@@ -4,6 +4,10 @@ Each takes the frames of `load_runs` and returns a Figure, or None if no run has
 every memory its source; colours are those of Okabe and Ito, and nothing is told by colour alone.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fp4lab.analysis.frames import Frames
 from fp4lab.analysis.plots.curves import loss_curves, state_health, turn_latencies
 from fp4lab.analysis.plots.heatmap import memory_heatmap
 from fp4lab.analysis.plots.layers import layer_divergence
@@ -11,8 +15,11 @@ from fp4lab.analysis.plots.memory import memory_over_time
 from fp4lab.analysis.plots.sweep import MOST_RUNS, save_figure, sweep_figure
 from fp4lab.analysis.plots.tokens import first_token_table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # file name: figure; the order of the report
-FIGURES = {
+FIGURES: dict[str, Callable[[Frames], "Figure | None"]] = {
     "memory_heatmap": memory_heatmap,
     "memory_over_time": memory_over_time,
     "loss_curves": loss_curves,

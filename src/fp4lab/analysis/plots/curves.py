@@ -128,7 +128,7 @@ def state_health(frames: "Frames") -> "Figure | None":
         _whole(axes, worst["step"])
         top = worst["value"].max()
         if top == 0:
-            axes.text(0.5, 0.5, "none in any run", transform=axes.transAxes, ha="center", fontsize=8, color=MUTED)
+            axes.text(0.5, 0.65, "none in any run", transform=axes.transAxes, ha="center", fontsize=8, color=MUTED)
             axes.set_yticks([])
         elif share:
             axes.set_ylim(-0.02 * top, 1.15 * top)
@@ -180,9 +180,10 @@ def _whole(axes: "Axes", steps: "pd.Series") -> None:
     """Ticks at whole steps."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    if len(steps) and steps.min() == steps.max():
-        axes.set_xlim(steps.min() - 0.5, steps.max() + 0.5)
+    if steps.nunique() == 1:
+        axes.set_xticks([int(steps.iloc[0])])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
 def _loss_unit(frames: "Frames") -> str:

@@ -22,15 +22,15 @@ def memory_heatmap(frames: "Frames", x: str | None = None, y: str | None = None)
 
     A third option makes panels, where it has at most six values; over all others a cell shows its highest run. A cell whose
     run did not end well has a cross and its status, and its figure is what was seen before the end: at least that much.
-    The limit is a line on the scale. None if no run knows its memory.
+    The limit is a line on the scale. None if no run knows its memory, or nothing was swept.
     """
     from matplotlib.colors import Normalize
 
     runs = frames.runs
     known = runs[runs["peak_mib"].notna()]
-    if known.empty:
-        return None
     x, y, panels, rest = _axes(runs, x, y)
+    if known.empty or x is None:
+        return None
     highest = float(known["peak_mib"].max())
     limits = {float(v) for v in runs["limit_mib"].dropna()}
     limit = limits.pop() if len(limits) == 1 else None
@@ -38,7 +38,9 @@ def memory_heatmap(frames: "Frames", x: str | None = None, y: str | None = None)
     low, top = float(known["peak_mib"].min()), highest
     if limit is not None and limit < 2 * highest:
         top, low = max(top, limit), min(low, limit)
-    norm = Normalize(low / scale - 1e-9, top / scale + 1e-9)
+    if top == low:
+        low, top = 0.99 * low, 1.01 * top
+    norm = Normalize(low / scale, top / scale)
     values = in_order(runs[panels]) if panels else [None]
     xs, ys = (in_order(runs[c]) if c else [""] for c in (x, y))
     across = min(len(values), max(1, int(12 // (0.75 * len(xs) + 1.2))))

@@ -1,6 +1,7 @@
 """Where two paths part: relative error of their hidden states, layer by layer."""
 
 import math
+import textwrap
 from typing import TYPE_CHECKING
 
 from fp4lab.analysis.plots.style import BLUE, CYCLE, GREEN, INK, MUTED, ORANGE, PURPLE, SKY, VERMILION, clean, figure, label
@@ -32,7 +33,8 @@ def layer_divergence(frames: "Frames") -> "Figure | None":
     fig = figure(max(3.6 * across, 5.0), 2.5 * down + 0.4)
     grid = fig.subplots(down, across, sharey=True, squeeze=False)
     for axes, row in zip(grid.flat, rows, strict=False):
-        draw_layers(axes, frames.layers[frames.layers["run"] == row["run"]], label(row, frames.runs))
+        title = textwrap.fill(label(row, frames.runs), 52)
+        draw_layers(axes, frames.layers[frames.layers["run"] == row["run"]], title)
     for axes in list(grid.flat)[len(rows) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
@@ -59,7 +61,9 @@ def draw_layers(axes: "Axes", records: "pd.DataFrame", title: str) -> None:
         finite = worst[worst.map(math.isfinite)]
         axes.plot(finite.index, finite, dashes, marker=marker, markersize=3.5, color=colour, label=str(pair))
         bad = worst.index[~worst.map(math.isfinite)]
-        axes.plot(bad, [0.97] * len(bad), "X", color=colour, markersize=5, transform=axes.get_xaxis_transform(), clip_on=False)
+        if len(bad):
+            top = axes.get_xaxis_transform()
+            axes.plot(bad, [0.97] * len(bad), "X", color=colour, markersize=5, transform=top, clip_on=False)
         expected = float(rows["expected"].max())
         axes.plot([last + 0.3, last + 0.8], [expected] * 2, color=colour, linewidth=2.5, solid_capstyle="butt")
         drawn += 1

@@ -98,12 +98,12 @@ def _panels(across: int, down: int, each: float) -> tuple["Figure", Any]:
     """Laid out in inches, and no shared axes: with sixty panels matplotlib's own ways take a quarter of a minute."""
     from matplotlib.figure import Figure
 
-    width, height = 9.0 if across == 1 else 12.0, down * each + 1.1
+    width, height = 9.0 if across == 1 else 12.0, down * each + 0.9
     fig = Figure(figsize=(width, height))
     wide, tall = (width - 0.7 - 0.2 * (across - 1)) / across, each - 0.75  # of a panel; above it are its title, below its ticks
     spaces = {"wspace": 0.2 / wide, "hspace": 0.75 / tall, "left": 0.6 / width, "right": 1 - 0.1 / width}
     grid = fig.subplots(down, across, squeeze=False)
-    fig.subplots_adjust(top=1 - 0.85 / height, bottom=0.8 / height, **spaces)
+    fig.subplots_adjust(top=1 - (0.6 if across * down == 1 else 0.85) / height, bottom=0.8 / height, **spaces)
     return fig, grid
 
 

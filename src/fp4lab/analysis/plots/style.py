@@ -56,7 +56,7 @@ def figure(width: float, height: float) -> "Figure":
 def clean(axes: "Axes", title: str = "", size: float = 8) -> None:
     """Thin lines, no box, title at the left."""
     axes.set_title(title, fontsize=size, loc="left", color=INK)
-    axes.tick_params(labelsize=7, colors=MUTED, labelcolor=INK)
+    axes.tick_params(which="both", labelsize=7, colors=MUTED, labelcolor=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.set_facecolor("none")
