@@ -69,6 +69,16 @@ def report(
     typer.echo(f"wrote {write_report(folder, png)}")
 
 
+@app.command()
+def sync(folder: Annotated[Path, typer.Argument(help="a sweep's folder, or one run's")]) -> None:
+    """Event files into offline wandb runs: those tracked off, or killed before wandb had their data. Again changes nothing."""
+    from fp4lab.analysis.sync import sync
+
+    for run, done in sync(folder):
+        typer.echo(f"{run} {done}")
+    typer.echo("to look at them: wandb leet; to send them: wandb sync (doc/wandb.md)")
+
+
 def _against(now: "pd.DataFrame", was: "pd.DataFrame", given: list[str], as_json: bool) -> int:
     from dataclasses import asdict
 

@@ -54,6 +54,11 @@ class RunRow:
         self._seconds = record.get("t")
         self.summary.add(record)
 
+    def results(self) -> dict[str, Any]:
+        """The row without what the run was given, its status and its reason: what can be measured of it."""
+        found = self.row()
+        return {k: found[k] for k in RESULTS[1:] if k not in ("task", "status", "reason")}
+
     def row(self) -> dict[str, Any]:
         """The options given (text), then RESULTS without "run". Without an end the status is "unfinished"."""
         result = self.summary.result()
