@@ -86,19 +86,20 @@ class View:
             run.define_metric(f"{room}/{axis}", hidden=True)
             run.define_metric(f"{room}/*", step_metric=f"{room}/{axis}")
         self._phases = 0
+        self._last: dict[str, float] = {}
         self._rows: dict[str, list[list[Any]]] = {}
         self._lines: dict[str, Callable[[Record], dict[str, Any]]] = {
             "phase": self._phase,
-            "sample": lambda r: {"memory/seconds": r["t"], **_values("memory", r, _MEMORY)},
+            "sample": lambda r: {"memory/seconds": r.get("t"), **_values("memory", r, _MEMORY)},
             "loss": _loss,
             "turn": lambda r: _values("turn", r, _TURN),
             "state_health": _health,
         }
 
     def record(self, record: Record) -> None:
-        kind = record["kind"]
+        kind, self._last = record["kind"], _when(record)
         if kind in self._lines:
-            self._run.log({**self._lines[kind](record), **_when(record)})
+            self._run.log({**self._lines[kind](record), **self._last})
         elif kind == "first_token":
             same = [record[k] for k in ("when", "prompt", "path")]
             self._rows.setdefault(kind, []).extend([*same, rank, *top] for rank, top in enumerate(record["top10"]))
@@ -114,7 +115,7 @@ class View:
         import wandb
 
         for kind, rows in self._rows.items():
-            self._run.log({kind: wandb.Table(columns=list(_TABLES.get(kind, _TOPS)), data=rows)})
+            self._run.log({kind: wandb.Table(columns=list(_TABLES.get(kind, _TOPS)), data=rows), **self._last})
         for name, value in results.items():
             known = math.isfinite(value) if isinstance(value, float) else value not in (None, "")
             if known:
@@ -142,5 +143,5 @@ def _when(r: Record) -> dict[str, float]:
     """The record's own time, so that a replay tells when it happened."""
     try:
         return {"_timestamp": datetime.fromisoformat(r["wall"]).timestamp()}
-    except ValueError:
+    except (KeyError, ValueError, TypeError):
         return {}
