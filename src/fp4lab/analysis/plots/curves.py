@@ -21,6 +21,8 @@ _HEALTH = (  # columns of `health`: title, are they shares, on a logarithmic sca
     (("saturated_w", "saturated_m", "saturated_v"), "Blocks at the largest scale, worst of w, m, v (%)", True),
 )
 
+_COUNTED = {"chat": "turn, from 0", "compare": "prompt, from 0"}  # what a loss's step is in tasks that do not train
+
 
 def loss_curves(frames: "Frames") -> "Figure | None":
     """Loss (nats a token, or what `loss` names) by step: training at the left, held-out at the right; None without losses.
@@ -40,6 +42,8 @@ def loss_curves(frames: "Frames") -> "Figure | None":
         return fig
     splits = [s for s in ("train", "eval") if (losses["split"] == s).any()]
     drawn, legend = looks(frames.runs)
+    counts = {_COUNTED.get(task, "optimizer step (0: before the first)") for task in frames.starts["task"]}
+    counted = " or ".join(sorted(counts)) or "step"
     fig = figure(4.2 * len(splits) + 2.6, 3.4)
     panels = fig.subplots(1, len(splits), squeeze=False, sharey=True)[0]
     for axes, split in zip(panels, splits, strict=True):
@@ -47,7 +51,7 @@ def loss_curves(frames: "Frames") -> "Figure | None":
         for row in frames.runs.to_dict("records"):
             _line(axes, mine[mine["run"] == row["run"]], row, "step", "loss", drawn)
         clean(axes, {"train": "Training loss", "eval": "Held-out loss, or of paths that are not trained"}[split])
-        axes.set_xlabel("optimizer step (0: before the first)", fontsize=7, color=INK)
+        axes.set_xlabel(counted, fontsize=7, color=INK)
         _whole(axes, mine["step"])
     panels[0].set_ylabel(f"loss ({_loss_unit(frames)})", fontsize=7, color=INK)
     finite = losses["loss"][losses["loss"].map(math.isfinite)]

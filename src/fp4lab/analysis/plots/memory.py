@@ -14,6 +14,7 @@ from fp4lab.analysis.plots.style import (
     SKY,
     VERMILION,
     WELL,
+    YELLOW,
     Source,
     clean,
     in_unit,
@@ -34,7 +35,7 @@ GROUPS = {
     "session_disposed": "load",
     "post_load_compacted": "load",
     "first_token_done": "first token",
-    "turn_done": "first token",
+    "turn_done": "turn",
     "forward_done": "forward",
     "backward_done": "backward",
     "optimizer_step_done": "optimizer step",
@@ -42,6 +43,7 @@ GROUPS = {
 COLOURS = {
     "load": SKY,
     "first token": ORANGE,
+    "turn": YELLOW,
     "forward": GREEN,
     "backward": PURPLE,
     "optimizer step": BLUE,
@@ -90,7 +92,8 @@ def memory_over_time(frames: "Frames", run: str | None = None) -> "Figure | None
         axes.set_xlabel("seconds since the run's start", fontsize=7, color=INK)
     for axes in grid[:, 1:].flat:
         axes.set_yticklabels([])
-    _legend(fig, source, unit)
+    seen = {GROUPS.get(name, "other") for name in frames.phases["name"]} | {"until its end"}
+    _legend(fig, source, unit, seen)
     return fig
 
 
@@ -163,11 +166,11 @@ def _draw(axes: "Axes", frames: "Frames", row: dict[str, Any], source: Source, s
     axes.set_xlim(0, end * 1.02 or 1.0)
 
 
-def _legend(fig: "Figure", source: Source, unit: str) -> None:
+def _legend(fig: "Figure", source: Source, unit: str, seen: set[str]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = [Patch(color=c, alpha=0.85, label=name) for name, c in COLOURS.items()]
+    handles: list[Any] = [Patch(color=c, alpha=0.85, label=name) for name, c in COLOURS.items() if name in seen]
     handles.append(Line2D([], [], color=VERMILION, linestyle="--", label="guard limit"))
     handles.append(Line2D([], [], color=VERMILION, marker="X", linestyle="", label="ended here"))
     if source.peak != source.level:
