@@ -24,11 +24,6 @@ _STYLE = """
   --vermilion: #c25400; --good: #d9ecf7; --bad: #fbe3d3; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171a; --ink: #e6e9ec; --muted: #9aa4ae; --panel: #1f2429;
   --line: #39414a; --blue: #3d8bd0; --vermilion: #f0883e; --good: #173646; --bad: #4a2a14; } }
-@media print { :root { --page: #ffffff; --ink: #000000; --muted: #444444; --panel: #ffffff; --line: #bbbbbb;
-  --blue: #0072b2; --vermilion: #c25400; --good: #e4f0f8; --bad: #fbe3d3; }
-  details.printed::details-content { content-visibility: visible; height: auto; }
-  nav { display: none; } section { break-inside: auto; } figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
-  body { max-width: none; padding: 0; font-size: 10px; } * { print-color-adjust: exact; } }
 body { background: var(--page); color: var(--ink); font: 14px/1.45 system-ui, "DejaVu Sans", sans-serif; max-width: 1280px;
   margin: 0 auto; padding: 1.5rem; }
 h1 { font-size: 1.4rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
@@ -44,6 +39,13 @@ pre { background: var(--panel); padding: .6rem; overflow-x: auto; white-space: p
   font-size: .8rem; }
 code { font: .85em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 summary { cursor: pointer; padding: .2rem 0; } details { margin: .2rem 0; }
+@page { size: A4 landscape; margin: 12mm; }
+@media print { :root { --page: #ffffff; --ink: #000000; --muted: #444444; --panel: #ffffff; --line: #bbbbbb;
+  --blue: #0072b2; --vermilion: #c25400; --good: #e4f0f8; --bad: #fbe3d3; }
+  body { max-width: none; padding: 0; font-size: 10px; } * { print-color-adjust: exact; } nav { display: none; }
+  .wide, figure { overflow: visible; } table { font-size: 8px; } th, td, thead th, .tight td { padding: 1px 4px;
+  white-space: normal; overflow-wrap: anywhere; } figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
+  details.printed::details-content { content-visibility: visible; height: auto; } }
 """
 
 

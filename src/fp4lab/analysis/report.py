@@ -113,7 +113,7 @@ def _first_tokens(frames: Frames) -> str:
         body = _ranks(mine) + _pairs(frames.diffs[frames.diffs["run"] == run])
         faulty = bool(frames.diffs.loc[frames.diffs["run"] == run, "fault"].any())
         text = f"{labels[run]}: ten likeliest tokens and pairs{'  FAULT' if faulty else ''}"
-        said += html.folded(text, body, "ended" if faulty else "", printed=few, shown=few and faulty)
+        said += html.folded(text, body, "ended" if faulty else "", printed=faulty, shown=few and faulty)
     return said
 
 
