@@ -119,3 +119,21 @@ def test_every_run_has_a_look_and_the_legend_stays_short(tmp_path, count):
     if count > 8:
         assert [text for text, _ in legend] == ["lr=0", "lr=1", "lr=2", "lr=3", "lr=4", "seed=0", "seed=1", "seed=2"]
         assert drawn["0"] == drawn["15" if count > 15 else "0"] and drawn["0"] != drawn["1"]
+
+
+@pytest.mark.parametrize(
+    ("held", "unified", "text", "levels"),
+    [
+        (None, None, "resident set of the process tree", [100.0, 110.0]),
+        (0.0, False, "resident set of the process tree", [100.0, 110.0]),
+        (500.0, False, "device memory of the process tree, NVML", [500.0, 500.0]),
+        (500.0, True, "device memory (NVML) and resident set of the process tree", [600.0, 610.0]),
+    ],
+)
+def test_the_memory_that_the_guard_watches(tmp_path, held, unified, text, levels):
+    device = {"pid_mem_mib": held, "unified": unified}
+    events = [Phase(name="start", proc_rss_mib=100.0, **device), Sample(proc_rss_mib=110.0, **device)]
+    sweeps.write_run(tmp_path / "0", ["guard.limit_gb=0.75"], events)
+    figure = memory_over_time(load_runs(tmp_path))
+    assert figure.get_suptitle() == f"Memory over time (MiB): {text}"
+    assert list(figure.axes[0].lines[0].get_ydata()) == levels

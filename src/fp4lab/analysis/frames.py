@@ -92,12 +92,13 @@ def load_runs(folder: str | Path) -> Frames:
     return Frames(runs=runs, **{name: table.frame() for name, table in tables.items()})
 
 
-def load_events(folder: str | Path, kind: str) -> "pd.DataFrame":
-    """All records of one kind of all runs, also of a kind that has no frame, with a `run` column. Raises UserError."""
+def load_events(folder: str | Path, kind: str | None = None) -> "pd.DataFrame":
+    """All records of all runs (of one kind, also of one that has no frame), with a `run` column. Raises UserError."""
     import pandas as pd
 
-    rows = [{"run": run.name, **r} for run in run_folders(Path(folder)) for r in read_events(run) if r["kind"] == kind]
-    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["run", "t", "wall", *declared_types(kind)])
+    every = ({"run": run.name, **r} for run in run_folders(Path(folder)) for r in read_events(run))
+    rows = [r for r in every if kind is None or r["kind"] == kind]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["run", "t", "wall", "kind", *declared_types(kind or "")])
 
 
 class _Table:

@@ -69,8 +69,9 @@ class RunRow:
             after = f" after {result['last_phase']}" if result["last_phase"] else ""
             reason = f"its records have no end: still running, or its supervisor was killed{after}"
             ending = {"status": "unfinished", "reason": reason, "seconds": self._seconds}
-        config = self.start.get("config") or {}
-        limit = (config.get("guard") or {}).get("limit_gb")
+        limit = (self.start.get("config") or {}).get("guard", {}).get("limit_gb")
+        if limit is None:  # records of an older version have no configuration, but what was asked for
+            limit = _float(_options(self.start.get("overrides") or []).get("guard.limit_gb"))
         return row(
             {
                 **result,
@@ -151,6 +152,13 @@ def _peak(peaks: dict[str, Any]) -> tuple[float | None, str | None]:
     # Phases and the supervisor's looks each see what the others miss.
     known = [x for x in (peaks.get("proc_peak_rss_mib"), peaks.get("proc_rss_mib")) if x is not None]
     return (max(known), "resident") if known else (None, None)
+
+
+def _float(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:  # guard.limit_gb=null
+        return None
 
 
 def _number(x: Any) -> float | None:

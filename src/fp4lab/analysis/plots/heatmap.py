@@ -3,7 +3,20 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from fp4lab.analysis.plots.style import INK, MUTED, PANEL, PEAK_OF, VERMILION, WELL, clean, figure, in_order, in_unit, short
+from fp4lab.analysis.plots.style import (
+    ALLOCATED,
+    INK,
+    MUTED,
+    PANEL,
+    PEAK_OF,
+    VERMILION,
+    WELL,
+    clean,
+    figure,
+    in_order,
+    in_unit,
+    short,
+)
 from fp4lab.analysis.select import column, missing
 from fp4lab.analysis.table import options
 
@@ -56,11 +69,12 @@ def memory_heatmap(frames: "Frames", x: str | None = None, y: str | None = None)
         clean(axes, f"{short(panels)}={values[at]}" if panels else "")
         axes.spines[["left", "bottom"]].set_visible(False)
     sources = {PEAK_OF[s] for s in known["peak_of"].dropna()}
+    of = " of all the process tree has" if ALLOCATED.text in sources else ""
     text = f"Peak memory ({unit}): {'; '.join(sorted(sources))}"
     if rest:
         text += f"\nof the runs of a cell (over {', '.join(short(c) for c in rest)}) the highest"
     fig.suptitle(text, fontsize=10, x=0.01, ha="left", color=INK)
-    _scale(fig, grid, norm, limit, scale, unit, limits)
+    _scale(fig, grid, norm, limit, scale, unit, limits, of)
     return fig
 
 
@@ -123,7 +137,9 @@ def _status(row: dict[str, Any]) -> str:
     return _WORDS.get(row["status"], row["status"])
 
 
-def _scale(fig: "Figure", grid: Any, norm: Any, limit: float | None, scale: float, unit: str, several: set[float]) -> None:
+def _scale(
+    fig: "Figure", grid: Any, norm: Any, limit: float | None, scale: float, unit: str, several: set[float], of: str
+) -> None:
     """The colour scale, with the limit as a line."""
     from matplotlib.cm import ScalarMappable
 
@@ -133,9 +149,9 @@ def _scale(fig: "Figure", grid: Any, norm: Any, limit: float | None, scale: floa
     bar.ax.set_facecolor(PANEL)
     if limit is not None and limit / scale <= norm.vmax:
         bar.ax.axhline(limit / scale, color=VERMILION, linewidth=2.5)
-        text = f"guard limit {limit / scale:.4g} {unit}: the line"
+        text = f"guard limit {limit / scale:.4g} {unit}{of}: the line"
     elif limit is not None:
-        text = f"guard limit {limit / scale:.4g} {unit}, above the scale"
+        text = f"guard limit {limit / scale:.4g} {unit}{of}, above the scale"
     else:
         text = "guard limits differ: see the runs" if several else "no guard limit"
     bar.set_label(text, fontsize=7, color=INK)

@@ -114,11 +114,11 @@ def _readings(frames: "Frames", run: str, source: Source) -> Any:
     """t and mib of a run in order: its phases, samples, and what made the guard act. Ends with the process."""
     import pandas as pd
 
-    parts = [f.loc[f["run"] == run, ["t", source.level]] for f in (frames.phases, frames.samples)]
-    acted = frames.guards.loc[frames.guards["run"] == run, ["t", "reading_mib"]].set_axis(["t", source.level], axis=1)
+    parts = [pd.DataFrame({"t": f["t"], "mib": source.levels(f)})[f["run"] == run] for f in (frames.phases, frames.samples)]
+    acted = frames.guards.loc[frames.guards["run"] == run, ["t", "reading_mib"]].set_axis(["t", "mib"], axis=1)
     # A reading far from all others is of something else: the machine's available memory, or a time limit's none.
-    parts.append(acted[acted[source.level] < 10 * max((p[source.level].max() for p in parts), default=0)])
-    found = pd.concat([p for p in parts if len(p)] or parts).dropna().sort_values("t").rename(columns={source.level: "mib"})
+    parts.append(acted[acted["mib"] < 10 * max((p["mib"].max() for p in parts), default=0)])
+    found = pd.concat([p for p in parts if len(p)] or parts).dropna().sort_values("t")
     found = found[found["t"] >= 0].reset_index(drop=True)
     held = found.index[found["mib"] > 0]
     return found[found.index <= (held[-1] if len(held) else -1)]

@@ -32,18 +32,30 @@ class Source:
     level: str
     peak: str
     text: str
+    plus: str | None = None  # a column to be added to `level`
+
+    def levels(self, records: "pd.DataFrame") -> "pd.Series":
+        """MiB of each record; NaN where it is unknown."""
+        found = records[self.level].astype(float)
+        return found if self.plus is None else found + records[self.plus].astype(float)
 
 
 ALLOCATED = Source("torch_allocated_mib", "torch_peak_mib", "allocated by torch on the device")
 DEVICE = Source("pid_mem_mib", "pid_mem_mib", "device memory of the process tree, NVML")
+UNIFIED = Source("pid_mem_mib", "pid_mem_mib", "device memory (NVML) and resident set of the process tree", "proc_rss_mib")
 RESIDENT = Source("proc_rss_mib", "proc_peak_rss_mib", "resident set of the process tree")
 PEAK_OF = {"allocated": ALLOCATED.text, "device": DEVICE.text, "resident": RESIDENT.text}
 
 
 def watched(frames: "Frames") -> Source:
-    """What the guard compares with its limit and samples show: the device's memory where processes have any, else resident."""
-    held = [f["pid_mem_mib"].max() for f in (frames.phases, frames.samples)]
-    return DEVICE if any(x > 0 for x in held) else RESIDENT
+    """What the guard compares with its limit, and samples show (supervise/guard.py: used).
+
+    The device's memory where processes have any, and the resident set with it where the two are one memory; else resident.
+    """
+    parts = (frames.phases, frames.samples)
+    if not any(f["pid_mem_mib"].max() > 0 for f in parts):
+        return RESIDENT
+    return UNIFIED if any((f["unified"] == True).any() for f in parts) else DEVICE  # noqa: E712  (a column of objects)
 
 
 def figure(width: float, height: float) -> "Figure":
