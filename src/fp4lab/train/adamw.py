@@ -51,6 +51,7 @@ class AdamWOptions:
     pack_everything: bool = False
     rule: str = "torchao"  # of packed weights, nearest
     seed: int = 0
+    kernels: bool = True  # step=fused on a GPU: Triton where it has a kernel; else plain torch
     keep_high_precision: tuple[str, ...] = ("embed_tokens",)  # parts of names; 1-D parameters always
 
 

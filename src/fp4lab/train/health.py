@@ -20,7 +20,9 @@ class Health:
     Shares of weights are over those that follow `master`; norms and embedding, kept as fp32, are left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count: bool = True) -> None:
+        """Without `count` only the largest update is kept: what became of weights and blocks costs more than the update."""
+        self.count = count
         self._blocks: dict[str, int] = defaultdict(int)
         self._zero: dict[str, Tensor | int] = defaultdict(int)
         self._saturated: dict[str, Tensor | int] = defaultdict(int)
@@ -38,6 +40,8 @@ class Health:
 
         With a scale per row the largest block of each row has 448 by construction and nothing clips: not counted.
         """
+        if not self.count:
+            return
         byte = p.block_scale.view(torch.uint8).flatten()
         self._blocks[kind] += byte.numel()
         for piece in byte.split(PIECE):
@@ -59,6 +63,8 @@ class Health:
         `rescaled`: bool, the element's block has another scale. Under the same scale another code is another value, but
         for +0 and -0, which count as one: a zero takes the sign of every update that it loses.
         """
+        if not self.count:
+            return
         self._weights += before.numel()
         changed = after != before if rescaled is None else (after != before) | rescaled
         self._changed = self._changed + changed.count_nonzero()
