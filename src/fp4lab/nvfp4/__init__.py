@@ -2,7 +2,7 @@
 
 from fp4lab.nvfp4.changes import count_changed, keep_zero_signs
 from fp4lab.nvfp4.codec import LEVELS, RULES, decode_e4m3, encode_e2m1, encode_e4m3, pack, repack_like
-from fp4lab.nvfp4.dispatch import matmul, matmul_transposed, unpack
+from fp4lab.nvfp4.dispatch import unpack
 from fp4lab.nvfp4.emulate import quantize_activations
 from fp4lab.nvfp4.native import native_available, operand, scaled_fp4_matmul
 from fp4lab.nvfp4.packed import BLOCK, PackedTensor
@@ -19,8 +19,6 @@ __all__ = [
     "encode_e2m1",
     "encode_e4m3",
     "keep_zero_signs",
-    "matmul",
-    "matmul_transposed",
     "native_available",
     "operand",
     "pack",
