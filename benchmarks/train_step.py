@@ -117,6 +117,13 @@ def tokens(vocab_size: int, seq: int, device: torch.device) -> tuple[torch.Tenso
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+        return "source"
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """In a process of its own."""
     torch.manual_seed(0)
@@ -138,7 +145,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         times.append(1e3 * (time.perf_counter() - started))
     return {
         "peer": name,
-        "version": importlib.metadata.version(package),
+        "version": version(package),
         "model": args.model,
         "seq": seq,
         "recompute": args.recompute,
