@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fp4lab.model.config import EMBEDDING, FINAL_NORM, Qwen3Config
-from fp4lab.model.layers import KVCache, Rope, attend, rms_norm, rotate
+from fp4lab.model.layers import KVCache, Rope, attend, rms_norm, rotate, silu_mul
 from fp4lab.model.linears import lookup
 from fp4lab.nvfp4 import PackedTensor
 
@@ -60,7 +59,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
