@@ -20,12 +20,12 @@ def plain(function, *arguments):
 
 
 def compare(function, inputs):
-    """Values differ by at most one bf16 rounding of the value; gradients from a wide reference by at most two."""
+    """Values differ by at most two bf16 roundings, the norm's and the product's; gradients from a wide reference by at most two."""
     inputs = [x.clone().requires_grad_() for x in inputs]
     wide = [x.detach().double().requires_grad_() for x in inputs]
     got, rounded, want = function(*inputs), plain(function, *inputs), plain(function, *wide)
     assert got.dtype == BF16 and got.shape == rounded.shape
-    torch.testing.assert_close(got, rounded, rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(got, rounded, rtol=2**-6, atol=1e-6)
     assert (got == rounded).float().mean() > 0.99
     dy = torch.randn_like(got)
     ours, exact = torch.autograd.grad(got, inputs, dy), torch.autograd.grad(want, wide, dy.double())
