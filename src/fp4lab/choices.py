@@ -87,12 +87,7 @@ def _check_fused(config: dict[str, Any]) -> None:
             f"step.clip_grad={step['clip_grad']}: step=fused uses each gradient before the global norm is known. Bound every "
             "element's update with step.max_update=1.0 instead, or clip with step=chunked"
         )
-    if not step["master"].startswith("packed"):
-        raise UserError(
-            f"step.master={step['master']}: step=fused keeps weights packed alone; use step.master=packed_stochastic or "
-            "packed, or step=chunked"
-        )
-    if config["task"]["name"] == "step" and config["loss"] != "ce":
+    if config["loss"] != "ce":
         raise UserError(f"loss={config['loss']}: step=fused has cross-entropy alone; use loss=ce, or step=chunked")
     if config["quirk"]["pack_everything"] or config["quirk"]["no_final_norm"]:
         raise UserError("quirk.pack_everything and quirk.no_final_norm are incidents of step=chunked; step=fused has neither")
@@ -133,7 +128,7 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
         elif key.split(".")[0] == "step" and task == "step" and not trains:
             said.append(f"{override} has no effect: backend={backend} is not trained.")
         elif key in _NOT_FUSED and step == "fused":
-            said.append(f"{override} has no effect: step=fused keeps no gradient, no float weights and nothing on the host.")
+            said.append(f"{override} has no effect: step=fused keeps no gradient and nothing on the host.")
         elif key in _CHUNKED_ONLY and step == "dense":
             said.append(f"{override} has no effect: step=dense is torch's AdamW on whole parameters.")
         elif key.startswith("task.") and key[5:] not in ("name", *_TASK_KEYS.get(task, ())):

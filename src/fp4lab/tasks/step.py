@@ -204,7 +204,8 @@ def make_optimizer(session: Session, emit: Emit) -> Optimizer:
         optimizer: Optimizer = DenseAdamW(parameters, options)
     elif c["name"] == "fused":
         packed, after = session.store.packed, _after_each(session, emit, flush=False)
-        optimizer = FusedAdamW(model, packed, session.store.tied, options, after)
+        optimizer = FusedAdamW(model, packed, session.store.tied, options, after, session.store.dense)
+        session.store.dense = None  # the masters took over
     else:
         packed = session.store.packed if session.backend == "fp2" else {}
         optimizer = ChunkedAdamW(parameters, packed, options, _after_each(session, emit, c["flush_each_param"]))
