@@ -137,6 +137,7 @@ class StepConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_update: float | None = None  # cap on |update| / lr per element
+    join: bool = False  # one state for all parameters of a width: the same update in fewer kernels, for small models on a GPU
     flush_each_param: bool = False  # synchronise and empty the allocator's cache after each parameter
     offload_mv: bool = False  # keep moments in host memory
     offload_w: bool = False  # keep packed weights in host memory

@@ -183,14 +183,16 @@ def test_tune_is_the_same_training_whatever_the_step(compose):
               "data.path=data/dialogues/zh_greetings.jsonl", "step.chunk_rows=4096", "dtype=float32")  # fmt: skip
     plain = ("step.master=fp32", "step.state=fp32")
     losses = {}
-    for choice in (("step=dense",), ("step=chunked", *plain), ("step=fused", *plain), ("step=fused",)):
+    joined = ("step=chunked", "step.join=true", *plain)
+    for choice in (("step=dense",), ("step=chunked", *plain), joined, ("step=fused", *plain), ("step=fused",)):
         records: list[dict] = []
         main(compose(*common, *choice), lambda e: records.append(to_record(e)))  # noqa: B023
         losses[choice] = [r["loss"] for r in of(records, "loss")]
         assert len(losses[choice]) == 4 and of(records, "loss")[-1]["split"] == "eval"
         assert [r["step"] for r in of(records, "state_health")] == ([] if choice == ("step=dense",) else [1, 2, 3])
         assert {r["path"] for r in of(records, "first_token")} >= {"A.infer", "B.fp2_ste"}
-    dense, chunked, fused, packed = losses.values()
+    dense, chunked, joined, fused, packed = losses.values()
+    assert joined == chunked
     assert chunked == pytest.approx(dense, rel=1e-4) and fused == pytest.approx(dense, rel=1e-4)
     assert packed[0] == pytest.approx(dense[0], rel=1e-5) and packed[-1] != pytest.approx(dense[-1], rel=1e-4)
 

@@ -14,6 +14,7 @@ from fp4lab.train import grads
 from fp4lab.train.adamw import ChunkedAdamW
 from fp4lab.train.batches import Batch
 from fp4lab.train.fused import FusedAdamW
+from fp4lab.train.joined import JoinedAdamW
 from fp4lab.train.loss import LOSSES
 
 
@@ -61,7 +62,7 @@ class Advance:
         norm = grads.grad_norm(self.parameters)
         if self.clip:
             grads.clip(self.parameters, norm, self.clip)
-        if isinstance(optimizer, ChunkedAdamW):
+        if isinstance(optimizer, ChunkedAdamW | JoinedAdamW):
             health = optimizer.step(lr)
             stored = optimizer.stored()
             moved = self.session.publish(stored, count=not stored)

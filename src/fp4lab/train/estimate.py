@@ -141,6 +141,10 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
     if master == "packed_residual" and backend == "fp2":
         n_low = n - sum(_count(s) for s in shape.raw().values())
         yield _row("residuals", f"{n_low:,} x 1 byte", n_low)
+    if chunked and step["join"]:
+        n_low = n - sum(_count(s) for s in shape.raw().values())
+        each = _NVFP4 + _MASTER.get(master, 0)
+        yield _row("joined weights", f"{n_low:,} x {each:g} bytes", n_low * each)
     yield from _moments(step, trained, chunked, master_size, device)
     if backend == "fp2" or master_size != size:
         yield _row(
