@@ -214,7 +214,7 @@ def main() -> int:
     text = markdown(cells, readings)
     (out / "table.md").write_text(text, encoding="utf-8")
     save(cells, out / "trade-off.png")
-    print(text)
+    print(text, end="")
     return 0
 
 

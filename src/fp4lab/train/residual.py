@@ -3,9 +3,9 @@
 value = image + r * unit        unit = half the width of the code's own cell / 127, in the scale of its block
 
 No scale is stored: rounding to nearest leaves at most half a cell, and a cell is 1/2, 1 or 2 block scales wide as its code is
-below 2, below 4 or above. So an element's unit follows from its code and block scale; small values have a finer one than the
-large of their block, which no scale per block or row can give (experiments/state-formats/residual_scale.py measures the three). Where the block
-scale is subnormal, E4M3 rounds it by more than 1/16 and cells overflow: there units are four times as wide.
+below 2, below 4 or above. So an element's unit follows from its code and block scale, and small values have a finer one than
+the large of their block, which no scale per block or row can give (measured: experiments/state-formats/residual_scale.py).
+Where the block scale is subnormal, E4M3 rounds it by more than 1/16 and cells overflow: there units are four times as wide.
 """
 
 from functools import lru_cache
