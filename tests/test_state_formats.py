@@ -69,23 +69,24 @@ def test_verdicts_front_and_readings(table):
         ("packed_stochastic", "nvfp4_two_level", 13.5, "completed", 2.01, 1.0, 3.0),
         ("packed_stochastic", "fp32", 68.5, "completed", 2.2, 1.0, 1.0),
         ("packed", "fp32", 68.5, "completed", 7.5, 0.0, 1.0),
+        ("packed_residual", "nvfp4", 21.5, "completed", 8.5, 1.0, 100.0),
         ("fp32", "nvfp4", 45.5, "diverged", np.nan, 1.0, 1e6),
         ("fp32", "int8", 52.5, "completed", 12.0, 1.0, 1e4),
     ]
     names = ["master", "state", "bits", "status", "loss", "update_kept", "over_bound"]
     runs = pd.DataFrame(rows, columns=names).assign(
-        regime="scratch", seed=1, first_loss=10.0, train_loss=2.0, code_changed=0.1, dead_v=0.0
+        regime="scratch", kept=[r[5] for r in rows], seed=1, first_loss=10.0, train_loss=2.0, code_changed=0.1, dead_v=0.0
     )
     judged = table.judge(runs)
-    assert list(judged["verdict"]) == ["as good", "as good", "behind", "stands still", "diverged", "diverged"]
+    assert list(judged["verdict"]) == ["as good", "as good", "behind", "stands still", "unstable", "diverged", "diverged"]
     cells = table.cells_of(judged)
     kept = cells[table.front(cells)]
     assert set(zip(kept["master"], kept["state"], strict=True)) == {("fp32", "fp32"), ("packed_stochastic", "nvfp4_two_level")}
     readings = table.readings_of(judged).set_index(["regime", "outcome", "reading"])
-    still, lost = (readings.loc[("scratch", *key)] for key in (("stands still", "update_kept"), ("diverged", "over_bound")))
+    still, lost = (readings.loc[("scratch", *key)] for key in (("stands still", "update_kept"), ("blows up", "over_bound")))
     assert still["auc"] == 1 and still["threshold"] == 0 and still["wrong"] == 0
-    assert lost["auc"] == 1 and lost["threshold"] == 1e4 and lost["wrong"] == 0
-    assert readings.loc[("scratch", "diverged", "dead_v"), "auc"] == 0.5
+    assert lost["auc"] == 1 and lost["threshold"] == 100 and lost["wrong"] == 0
+    assert readings.loc[("scratch", "blows up", "dead_v"), "auc"] == 0.5
 
 
 @pytest.mark.parametrize("regime", ["scratch", "finetune"])

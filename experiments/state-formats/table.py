@@ -4,7 +4,9 @@ python experiments/state-formats/table.py FOLDER [--out FOLDER]     FOLDER/{scra
 
 bits      of master, its 4-bit image where that is another tensor, m and v, for a weight that is not kept in fp32 anyway
 gap       held-out loss over that of fp32 master and moments with the same seed, minus 1
-verdict   as good: gap at most 1 %; stands still: under half of the fall of fp32 / fp32; diverged: not finite, or no fall at all
+verdict   as good: gap at most 1 %. diverged: not finite, or above the start. Under half of the fall of fp32 / fp32: stands
+          still where the weights made less than half of the change asked for (median of update_kept), else unstable. The rest
+          is behind
 early     readings of StateHealth in the first fifth of the steps
 """
 
@@ -24,7 +26,9 @@ REGIMES = ("scratch", "finetune")
 MIB = 1 << 20
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 REFERENCE = ("fp32", "fp32")
-AS_GOOD, STILL = 0.01, 0.5
+AS_GOOD, HALF = 0.01, 0.5
+ORDER = ("as good", "behind", "stands still", "unstable", "diverged")
+OUTCOMES = {"stands still": ("stands still",), "blows up": ("unstable", "diverged")}
 EARLY = 0.2
 NVFP4_BITS = 4.5
 READINGS = ("update_kept", "code_changed", "over_bound", "dead_v")  # the first two are low where it fails, the others high
@@ -50,7 +54,8 @@ def runs_of(folder: Path, regime: str) -> pd.DataFrame:
                 "first_loss": float(train["loss"].iloc[0]),
                 "train_loss": float(train["loss"].tail(3).mean()),
                 "loss": float(held["loss"].iloc[-1]) if len(held) else np.nan,
-                **early(by_run["state_health"].get(run), train["step"].max()),
+                **early(by_run["state_health"][run], train["step"].max()),
+                "kept": float(by_run["state_health"][run]["update_kept"].median()),
             }
         )
     return pd.DataFrame(rows)
@@ -69,10 +74,8 @@ def elements(rows: pd.DataFrame) -> float:
     return sum(mib * MIB / SIZES[dtype] for mib, dtype in zip(rows["mib"], rows["dtype"], strict=True))
 
 
-def early(health: pd.DataFrame | None, steps: int) -> dict[str, float]:
+def early(health: pd.DataFrame, steps: int) -> dict[str, float]:
     """The worst of each reading in the first fifth of the run."""
-    if health is None:
-        return dict.fromkeys(READINGS, np.nan)
     seen = health[health["step"] <= max(EARLY * steps, health["step"].min())]
     bounds = [adam_bound(0.9, 0.999, int(step)) for step in seen["step"]]
     return {
@@ -91,15 +94,19 @@ def judge(runs: pd.DataFrame) -> pd.DataFrame:
         raise UserError("some seeds have no run with fp32 master and fp32 moments to be compared with")
     goal = reference.loc[list(wanted)].to_numpy()
     gap = runs["loss"] / goal - 1
-    fall = (runs["first_loss"] - runs["loss"]) / (runs["first_loss"] - goal)
-    bad = (runs["status"] == "diverged") | ~np.isfinite(runs["loss"]) | (fall <= 0)
-    verdict = np.select([bad, fall < STILL, gap <= AS_GOOD], ["diverged", "stands still", "as good"], "behind")
+    fall = (runs["first_loss"] - runs["loss"]) / (runs["first_loss"] - goal).where(runs["first_loss"] > goal)
+    lost = (
+        (runs["status"] == "diverged") | ~np.isfinite(runs["loss"]) | ((runs["loss"] >= runs["first_loss"]) & (gap > AS_GOOD))
+    )
+    short = fall < HALF
+    verdict = np.select(
+        [lost, short & (runs["kept"] < HALF), short, gap <= AS_GOOD], ["diverged", *ORDER[2:4], "as good"], "behind"
+    )
     return runs.assign(gap=gap, fall=fall, verdict=verdict)
 
 
 def cells_of(runs: pd.DataFrame) -> pd.DataFrame:
     """One row a cell: means over seeds, the spread of the held-out loss, the worst seed's verdict."""
-    order = ["as good", "behind", "stands still", "diverged"]
     grouped = runs.groupby(KEYS, sort=False)
     table = grouped.agg(
         seeds=("seed", "count"),
@@ -108,9 +115,10 @@ def cells_of(runs: pd.DataFrame) -> pd.DataFrame:
         sd=("loss", "std"),
         train_loss=("train_loss", "mean"),
         gap=("gap", "mean"),
+        gap_sd=("gap", "std"),
         **{reading: (reading, "median") for reading in READINGS},
     )
-    table["verdict"] = grouped["verdict"].agg(lambda v: max(v, key=order.index))
+    table["verdict"] = grouped["verdict"].agg(lambda v: max(v, key=ORDER.index))
     lost = table["verdict"] == "diverged"
     table.loc[lost, "gap"] = np.nan  # a mean over the seeds that survived would mislead
     mean = table["gap"].where((table["verdict"] == "behind") & (table["gap"] <= AS_GOOD))
@@ -123,8 +131,8 @@ def readings_of(runs: pd.DataFrame) -> pd.DataFrame:
     and the threshold with the fewest errors. `update_kept` and `code_changed` count as alarms when low."""
     rows = []
     for regime, some in [*runs.groupby("regime"), ("both", runs)]:
-        for outcome in ("diverged", "stands still"):
-            hit = (some["verdict"] == outcome).to_numpy()
+        for outcome, verdicts in OUTCOMES.items():
+            hit = some["verdict"].isin(verdicts).to_numpy()
             for reading in READINGS:
                 alarm = some[reading].fillna(some[reading].median()).to_numpy() * (1 if reading in READINGS[2:] else -1)
                 if hit.any() and not hit.all():
@@ -181,11 +189,12 @@ def markdown(cells: pd.DataFrame, readings: pd.DataFrame) -> str:
 
 
 def front(cells: pd.DataFrame) -> pd.Series:
-    """bool: no cell of the regime has at most its bits and a lower loss."""
+    """bool: it learns, and no other cell of the regime that does has at most its bits and a lower loss."""
+    learns = cells[cells["verdict"].isin(ORDER[:2])]
     keep = []
     for r in cells.to_dict("records"):
-        rivals = cells[(cells["regime"] == r["regime"]) & (cells["bits"] <= r["bits"] + 1e-6) & cells["gap"].notna()]
-        keep.append(not np.isnan(r["gap"]) and not (rivals["loss"] < r["loss"]).any())
+        rivals = learns[(learns["regime"] == r["regime"]) & (learns["bits"] <= r["bits"] + 1e-6)]
+        keep.append(r["verdict"] in ORDER[:2] and not (rivals["loss"] < r["loss"]).any())
     return pd.Series(keep, index=cells.index)
 
 
