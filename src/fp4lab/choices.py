@@ -14,6 +14,7 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "threads": (0, True),
     "step.chunk_rows": (1, True),
     "step.eps": (0, False),
+    "step.health_every": (0, True),
     "step.beta1": (0, True),
     "step.beta2": (0, True),
     "step.weight_decay": (0, True),
@@ -147,6 +148,8 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
             said.append(f"{override} has no effect: backend={backend} is not trained.")
         elif key in _NOT_FUSED and step == "fused":
             said.append(f"{override} has no effect: step=fused updates each weight in the backward, and keeps nothing.")
+        elif key in _FUSED_ONLY and step != "fused":
+            said.append(f"{override} has no effect: step={step} has neither kernels nor a graph of its own.")
         elif key in _CHUNKED_ONLY and step == "dense":
             said.append(f"{override} has no effect: step=dense is torch's AdamW on whole parameters.")
         elif key.startswith("task.") and key[5:] not in ("name", *_TASK_KEYS.get(task, ())):
@@ -177,6 +180,7 @@ TASK_PHASES = {
 }
 _TRAINING_ONLY = ("lr", "steps", "seq_len", "loss", "data.path", "data.order")
 _NOT_FUSED = {f"step.{k}" for k in ("join", "flush_each_param", "offload_mv", "offload_w", "offload_grad", "sanitize")}
+_FUSED_ONLY = {f"step.{k}" for k in ("kernels", "graph", "health_every")}
 _CHUNKED_ONLY = {
     f"step.{k}"
     for k in (

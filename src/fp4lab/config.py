@@ -145,6 +145,9 @@ class StepConfig:
     grad_norm: bool = True  # compute and record the global gradient norm
     clip_grad: float | None = None  # clip the global gradient norm to this
     sanitize: bool = False  # NaN and Inf in gradients become 0
+    kernels: bool = True  # step=fused on a GPU: updates by Triton kernels; false: plain torch
+    graph: bool = True  # step=fused on a GPU: a shape's later steps are one captured CUDA graph; false: eager
+    health_every: int = 1  # every this many steps it is counted what became of weights and blocks; 0: never
 
 
 @dataclass

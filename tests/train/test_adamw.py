@@ -131,11 +131,12 @@ def test_packed_weights_learn_a_regression(master, good):
     def loss():
         return (x @ ps["p0"].T - y).square().mean()
 
-    first = loss().item()
+    losses = []
     for _ in range(600):
-        loss().backward()
+        losses.append(loss())
+        losses[-1].backward()
         adamw.step(5e-3)
-    assert (loss().item() < 0.03 * first) is good
+    assert (sum(x.item() for x in losses[-100:]) / 100 < 0.03 * losses[0].item()) is good
 
 
 def test_offload_keeps_state_on_the_host_and_gives_the_same_numbers():

@@ -89,6 +89,6 @@ def test_v_spans_seven_decades_where_linear_int8_spans_two():
     """Reference 0.3: v underflows against its row's largest; the dynamic codes keep 1e-6 of the block's."""
     v = torch.tensor([[1.0, 1e-3, 1e-5, 1e-6] * 4])
     for format, kept in (("int8", 1), ("int8_block", 4)):
-        moment = Moment(1, 16, format, True, "cpu")
-        moment.write(0, 1, v)
+        moment = Moment(1, 16, format, True, "cpu", 0.999)
+        moment.write(0, 1, v, torch.ones(1, 1))
         assert int((moment.read(0, 1)[0, :4] > 0).sum()) == kept

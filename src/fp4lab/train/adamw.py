@@ -31,7 +31,7 @@ from fp4lab.nvfp4 import BLOCK, PackedTensor, count_changed, keep_zero_signs, pa
 from fp4lab.nvfp4.packed import matrix_shape
 from fp4lab.train import residual
 from fp4lab.train.health import Health
-from fp4lab.train.noise import round_bfloat16, uniform
+from fp4lab.train.noise import dither, key, round_bfloat16
 from fp4lab.train.state import Moment, named_parts, write_rows
 
 E4M3_NAN = 0x7F
@@ -57,6 +57,7 @@ class AdamWOptions:
     pack_everything: bool = False
     rule: str = "torchao"  # of packed weights, nearest
     seed: int = 0
+    kernels: bool = True  # step=fused on a GPU: Triton where it has a kernel; else plain torch
     keep_high_precision: tuple[str, ...] = ("embed_tokens",)  # parts of names; 1-D parameters always
 
 
@@ -100,8 +101,8 @@ class ParameterState:
             self.master = (unpack(packed) if start is None else start).detach().reshape(self.rows, self.cols).to(dtype)
         state = "fp32" if self.high_precision else options.state
         self.mv_device = torch.device("cpu") if options.offload_mv else device
-        self.m = Moment(self.rows, self.cols, state, False, self.mv_device)
-        self.v = Moment(self.rows, self.cols, state, True, self.mv_device)
+        self.m = Moment(self.rows, self.cols, state, False, self.mv_device, options.beta1)
+        self.v = Moment(self.rows, self.cols, state, True, self.mv_device, options.beta2)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows of the stored weight, fp32, on the parameter's device."""
@@ -162,7 +163,8 @@ class ParameterState:
 
     def _noise(self, step: int, start: int, stop: int, device: torch.device) -> Tensor:
         """Uniform in [0, 1), one an element."""
-        return uniform(self.options.seed, step, 2 * self.index, start, stop, self.cols, device)
+        padded = -(-self.cols // BLOCK) * BLOCK
+        return dither(key(self.options.seed, step, self.index), start, stop, padded, device)[0][:, : self.cols]
 
     def _first_residual(self, codes: PackedTensor, start: Tensor | None) -> Tensor:
         """What the codes lack of an unquantised weight; nothing of one that is their own value in a float's rounding."""
@@ -175,13 +177,9 @@ class ParameterState:
         kept = old.global_scale if old.levels == "tensor" else None
         if self.options.master != "packed_stochastic":
             return pack(value, _nearest_rule(self.options.rule, old), old.levels, global_scale=kept)
-        cols = old.codes.shape[1] * 2
-        noise = uniform(self.options.seed, step, 2 * self.index, start, stop, cols, value.device)
-        blocks = uniform(self.options.seed, step, 2 * self.index + 1, start, stop, cols // 16, value.device)
-        new = update_stochastic(value, old, noise, blocks)
-        # codes have no NaN, and the comparisons above would turn one into a plain 0
-        new.block_scale.view(torch.uint8).masked_fill_(~value.sum(dim=1, keepdim=True).isfinite(), E4M3_NAN)
-        return new
+        field = key(self.options.seed, step, self.index)
+        noise, blocks = dither(field, start, stop, old.codes.shape[1] * 2, value.device)
+        return update_stochastic(value, old, noise, blocks)
 
     @property
     def stored(self) -> PackedTensor | None:
@@ -273,8 +271,9 @@ def update_rows(s: ParameterState, grad: Tensor, first: int, step: int, lr: floa
             update.clamp_(-o.max_update, o.max_update)
         new = w * (1 - lr * o.weight_decay) - lr * update
         after, rescaled, changed = s.write(start, stop, new, step)
-        s.m.write(start, stop, m.to(s.mv_device))
-        s.v.write(start, stop, v.to(s.mv_device))
+        largest = g.abs().amax(dim=1, keepdim=True)
+        s.m.write(start, stop, m.to(s.mv_device), largest)
+        s.v.write(start, stop, v.to(s.mv_device), largest)
         health.update(update)
         if not s.high_precision:  # floats that always move would hide packed weights that never do
             health.weights(w, new, after, rescaled, changed)
