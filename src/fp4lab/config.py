@@ -40,8 +40,8 @@ Activations = Enum("Activations", ["none", "nvfp4"])
 KvcName = Enum("KvcName", ["replay", "prefill", "persistent"])
 StepName = Enum("StepName", ["chunked", "fused", "dense"])
 Recompute = Enum("Recompute", ["none", "block"])
-StateFormat = Enum("StateFormat", ["nvfp4", "nvfp4_two_level", "int8", "bf16", "fp32"])
-Master = Enum("Master", ["packed", "packed_stochastic", "bf16", "fp32"])
+StateFormat = Enum("StateFormat", ["nvfp4", "nvfp4_two_level", "int8", "int8_block", "bf16", "fp32"])
+Master = Enum("Master", ["packed", "packed_stochastic", "packed_residual", "bf16", "bf16_stochastic", "fp32"])
 TrackerName = Enum("TrackerName", ["offline", "online", "off"])
 OnCollapse = Enum("OnCollapse", ["end", "flag"])
 Prefill = Enum("Prefill", ["whole", "token"])
@@ -128,13 +128,16 @@ class StepConfig:
 
     name: StepName = StepName.chunked
     chunk_rows: int = 32  # rows decoded at a time: bounds the optimizer's scratch memory
-    state: StateFormat = StateFormat.nvfp4_two_level  # how moments are stored
-    master: Master = Master.packed_stochastic  # how weights are stored between steps
+    # how moments are stored: nvfp4 and nvfp4_two_level in 4.5 bits each, int8 (a scale a row) and int8_block (of 256) in 8
+    state: StateFormat = StateFormat.nvfp4_two_level
+    # how weights are stored between steps: packed and packed_stochastic in 4.5 bits, packed_residual 12.5, bf16_stochastic 16
+    master: Master = Master.packed_stochastic
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_update: float | None = None  # cap on |update| / lr per element
+    join: bool = False  # one state for all parameters of a width: the same update in fewer kernels, for small models on a GPU
     flush_each_param: bool = False  # synchronise and empty the allocator's cache after each parameter
     offload_mv: bool = False  # keep moments in host memory
     offload_w: bool = False  # keep packed weights in host memory

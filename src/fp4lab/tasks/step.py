@@ -23,6 +23,7 @@ from fp4lab.train.batches import Batch, batches
 from fp4lab.train.data import load_samples, ordered
 from fp4lab.train.fused import FusedAdamW
 from fp4lab.train.graph import GraphedStep
+from fp4lab.train.joined import JoinedAdamW
 from fp4lab.train.loss import LOSSES, evaluate
 
 
@@ -199,7 +200,7 @@ class DenseAdamW:
         return StateHealth(step=int(next(iter(self._adamw.state.values()))["step"]))
 
 
-Optimizer = DenseAdamW | ChunkedAdamW | FusedAdamW
+Optimizer = DenseAdamW | ChunkedAdamW | JoinedAdamW | FusedAdamW
 
 
 def make_optimizer(session: Session, emit: Emit) -> Optimizer:
@@ -223,7 +224,10 @@ def make_optimizer(session: Session, emit: Emit) -> Optimizer:
         optimizer: Optimizer = DenseAdamW(parameters, options)
     elif c["name"] == "fused":
         packed, after = session.store.packed, _after_each(session, emit, flush=False)
-        optimizer = FusedAdamW(model, packed, session.store.tied, options, after)
+        optimizer = FusedAdamW(model, packed, session.store.tied, options, after, session.store.dense)
+        session.store.dense = None  # the masters took over
+    elif c["join"]:
+        optimizer = JoinedAdamW(parameters, session.store.packed, options, _after_each(session, emit, flush=False))
     else:
         packed = session.store.packed if session.backend == "fp2" else {}
         optimizer = ChunkedAdamW(parameters, packed, options, _after_each(session, emit, c["flush_each_param"]))

@@ -1,10 +1,11 @@
 """AdamW inside the backward pass: each weight gradient is used the moment it exists and never kept (`step=fused`).
 
 The arithmetic is that of `adamw` (reference section 5.4) and the stored state the same; what differs is when. A linear's
-backward hands its gradient over (`model.linears.ConsumingLinear`), its rows are updated, the gradient is gone. No float copy of
-a packed weight exists. The head and its cross-entropy go by chunks of the vocabulary, forward and backward, so that neither
-[tokens, vocab] nor the head's gradient exists as a whole. With a tied head the embedding has two gradients, one from the head
-and one from the lookup; the head's is computed again, chunk by chunk, when the lookup's comes, which is last of all.
+backward hands its gradient over (`model.linears.ConsumingLinear`), its rows are updated, the gradient is gone. The forward
+reads packed weights whatever the master is; a float one lies with the moments. The head and its cross-entropy go by chunks of
+the vocabulary, forward and backward, so that neither [tokens, vocab] nor the head's gradient exists as a whole. With a tied
+head the embedding has two gradients, one from the head and one from the lookup; the head's is computed again, chunk by chunk,
+when the lookup's comes, which is last of all.
 
 What cannot be had: clipping by the global norm, which is known only when all gradients are gone. `max_update` bounds every
 element's update instead; the norm itself is summed up on the way and reported.
@@ -36,7 +37,8 @@ class FusedAdamW:
     """`begin(lr)`, then a backward of `loss`, which updates, then `finish()`.
 
     `packed` gives the stored NVFP4 image of every linear by name, and is written in place. Raises ValueError for a model that
-    was not built of consuming modules.
+    was not built of consuming modules. `dense` are the weights before they were packed, where there are any: what float masters
+    and residuals start from. They are taken out of it.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class FusedAdamW:
         tied: bool,
         options: AdamWOptions,
         after_each: Callable[[int, int], None] | None = None,
+        dense: dict[str, Tensor] | None = None,
     ):
+        dense = dense or {}
         self.options, self.t, self.after_each = options, 0, after_each
         if not isinstance(model.model.embed_tokens, ConsumingEmbedding):
             raise ValueError("the model keeps gradients: build it with step=fused")
@@ -69,7 +73,9 @@ class FusedAdamW:
                 trained[name] = None, packed[name]
                 if name != HEAD:
                     module.consume = functools.partial(self.consume, name)
-        self.states = {n: ParameterState(i, n, *parts, options) for i, (n, parts) in enumerate(trained.items())}
+        self.states = {
+            n: ParameterState(i, n, *parts, options, dense.pop(n, None)) for i, (n, parts) in enumerate(trained.items())
+        }
 
         self.fast = self._kernels() if options.kernels else None
 
@@ -85,7 +91,7 @@ class FusedAdamW:
     def describe(self) -> str:
         """Which path updates what, for the records."""
         if self.fast is None:
-            why = KernelStep(self.options, self.head.device).why_not(next(s for s in self.states.values() if s.packed))
+            why = KernelStep(self.options, self.head.device).why_not(next(s for s in self.states.values() if s.stored))
             return f"updates are plain torch operations: {why if self.options.kernels else 'step.kernels=false'}"
         vectors = set() if self._vectors is None else {s.name for s in self._vectors.states}
         text = f"one Triton kernel updates each of {len(self._taken)} matrices, one sweep {len(vectors)} vectors"
@@ -102,7 +108,7 @@ class FusedAdamW:
 
     def stored(self) -> dict[str, PackedTensor]:
         """The packed weights, as they would be exported."""
-        return {n: s.packed for n, s in self.states.items() if s.packed is not None}
+        return {n: s.stored for n, s in self.states.items() if s.stored is not None}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for s in self.states.values():

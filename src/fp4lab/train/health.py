@@ -57,17 +57,21 @@ class Health:
         largest = update.abs().amax()
         self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
 
-    def weights(self, before: Tensor, wanted: Tensor, after: Tensor, rescaled: Tensor | None) -> None:
+    def weights(
+        self, before: Tensor, wanted: Tensor, after: Tensor, rescaled: Tensor | None, changed: Tensor | None = None
+    ) -> None:
         """One chunk: the stored weights before and after, and what they should have become, all fp32.
 
         `rescaled`: bool, the element's block has another scale. Under the same scale another code is another value, but
         for +0 and -0, which count as one: a zero takes the sign of every update that it loses.
+        `changed`: how many codes changed, where they are only the image of a finer value.
         """
         if not self.count:
             return
         self._weights += before.numel()
-        changed = after != before if rescaled is None else (after != before) | rescaled
-        self._changed = self._changed + changed.count_nonzero()
+        if changed is None:
+            changed = (after != before if rescaled is None else (after != before) | rescaled).count_nonzero()
+        self._changed = self._changed + changed
         step = wanted - before
         self._made = self._made + ((after - before) * step).sum(dtype=torch.float64)
         self._asked = self._asked + step.square().sum(dtype=torch.float64)

@@ -46,3 +46,14 @@ def _mix(x: Tensor) -> Tensor:
 
 def _uniform(product: Tensor) -> Tensor:
     return (((product & _MASK) >> 13).float() + 0.5) * 2.0**-19
+
+
+def round_bfloat16(x: Tensor, noise: Tensor) -> Tensor:
+    """fp32 -> bfloat16: up or down with the probability of the distance, decided by `noise` in [0, 1), like x.
+
+    The 16 bits that bfloat16 lacks are a number of 1/65536ths of its step: `noise` is added there and the rest cut off. What
+    is no finite number stays what it is.
+    """
+    carried = x.view(torch.int32) + (noise * 65536).to(torch.int32)
+    rounded = (carried & ~0xFFFF).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)

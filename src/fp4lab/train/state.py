@@ -3,6 +3,7 @@
 format           bytes an element   notes
 fp32, bf16       4, 2               as they are
 int8             1 + 4 a row        reference 5.4: per row max / 127, linear; v underflows against the row's maximum
+int8_block       1 + 4 a block      of 256: dynamic codes, as bitsandbytes (`int8_block`)
 nvfp4            0.5625             reference 5.4: bf16, then native NVFP4, single level; v underflows to 0
 nvfp4_two_level  0.5625 + 4 a row   one fp32 a row on top, so small rows keep their range; nearest
 
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from fp4lab.nvfp4 import BLOCK, PackedTensor, pack, unpack
 from fp4lab.nvfp4.codec import E2M1_MAX, E4M3_MAX
+from fp4lab.train.int8_block import Int8Blocks
 
-FORMATS = ("nvfp4", "nvfp4_two_level", "int8", "bf16", "fp32")
+FORMATS = ("nvfp4", "nvfp4_two_level", "int8", "int8_block", "bf16", "fp32")
 
 
 class Moment:
@@ -33,6 +35,7 @@ class Moment:
         self.packed: PackedTensor | None = None
         self.data: Tensor | None = None
         self.scale: Tensor | None = None
+        self.blocks: Int8Blocks | None = None
         if format.startswith("nvfp4"):
             levels = "row" if format == "nvfp4_two_level" else "single"
             rule = "nearest" if format == "nvfp4_two_level" else "native"
@@ -42,6 +45,8 @@ class Moment:
         elif format == "int8":
             self.data = torch.zeros(rows, cols, dtype=torch.int8, device=device)
             self.scale = torch.zeros(rows, 1, device=device)
+        elif format == "int8_block":
+            self.blocks = Int8Blocks(rows, cols, not root, device)
         else:
             dtype = torch.bfloat16 if format == "bf16" else torch.float32
             self.data = torch.zeros(rows, cols, dtype=dtype, device=device)
@@ -51,6 +56,8 @@ class Moment:
         if self.packed is not None:
             part = self.packed.rows(start, stop)
             return _squared_root(part) if self.root else unpack(part)
+        if self.blocks is not None:
+            return self.blocks.read(start, stop)
         assert self.data is not None
         value = self.data[start:stop].float()
         return value if self.scale is None else value * self.scale[start:stop]
@@ -64,6 +71,9 @@ class Moment:
             else:
                 new = pack(value.to(torch.bfloat16), "native", "single")
             write_rows(self.packed, start, stop, new)
+            return
+        if self.blocks is not None:
+            self.blocks.write(start, stop, value)
             return
         assert self.data is not None
         if self.scale is not None:
@@ -85,6 +95,8 @@ class Moment:
         """(part, tensor) for the byte report."""
         if self.packed is not None:
             return named_parts(self.packed)
+        if self.blocks is not None:
+            return [("codes", self.blocks.codes), ("scale", self.blocks.absmax)]
         assert self.data is not None
         parts = [("data", self.data)]
         return parts if self.scale is None else [*parts, ("scale", self.scale)]
