@@ -20,7 +20,7 @@ def plain(function, *arguments):
 
 
 def compare(function, inputs):
-    """Values differ by at most two bf16 roundings, the norm's and the product's; gradients from a wide reference by at most two."""
+    """Values differ by two bf16 roundings (the norm's, the product's) at most; gradients are near those of doubles."""
     inputs = [x.clone().requires_grad_() for x in inputs]
     wide = [x.detach().double().requires_grad_() for x in inputs]
     got, rounded, want = function(*inputs), plain(function, *inputs), plain(function, *wide)
