@@ -56,6 +56,20 @@ def _golden(folder: Path, path: Path, save: bool) -> int:
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="folders of results, e.g. experiments/results/cpu")],
+    devlog: Annotated[bool, typer.Option("--devlog", help="the reference log's rows beside these runs")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="write .md, .html or .json instead of printing")] = None,
+) -> None:
+    """Runs of +experiment=devlog_* held against the reference log: reproduced, better, or not reproducible here."""
+    if not devlog:
+        raise UserError("report needs --devlog")
+    from fp4lab.analysis.devlog_report import report as write
+
+    write(folders, out)
+
+
+@app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="a run's folder (or a sweep's), or a checkpoint")]) -> None:
     """A run: its phases, losses and reasons. A checkpoint (.dat, or a Hugging Face folder): its entries."""
     if path.is_file() or any(path.glob("*.safetensors")):
