@@ -15,6 +15,7 @@ import math
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from fp4lab.analysis.devlog import Comparison  # noqa: E402
 from fp4lab.analysis.measures import peak_mib  # noqa: E402
 from fp4lab.errors import UserError  # noqa: E402
 
+PACKAGES = sysconfig.get_paths()["purelib"]  # tracebacks name its files
 KEPT = ("events.jsonl", "result.json")
 LAST = "chunk_grid"  # its runs take all the time they get
 START_S = 12.0  # of a sweep: Python, Hydra, torch, a first CUDA context
@@ -122,7 +124,9 @@ def slim(folder: Path) -> int:
         if path.name not in KEPT:
             path.unlink()
             continue
-        text = path.read_text(encoding="utf-8").replace(f"{ROOT}/", "").replace(str(folder), folder.name)
+        text = path.read_text(encoding="utf-8")
+        for known, shown in ((f"{ROOT}/", ""), (str(folder), folder.name), (f"{PACKAGES}/", ""), (f"{sys.base_prefix}/", "")):
+            text = text.replace(known, shown)
         if path.name == "events.jsonl":
             text = "".join(line for line in text.splitlines(keepends=True) if keep(line))
         path.write_text(text, encoding="utf-8")

@@ -23,7 +23,7 @@ EXPERIMENTS = Path("experiments")
 LOGS_MODEL = "qwen3_4b"  # figures of other models are shown and not judged
 ELSEWHERE = "not reproducible here"
 NEAR = 1.1  # a figure within this factor of the log's is reproduced
-VERDICTS = ("reproduced", "better", "worse", "different", ELSEWHERE, "see", "not run")
+VERDICTS = ("reproduced", "better", "worse", "different", ELSEWHERE, "answered elsewhere", "not run")
 _WORSE = VERDICTS[:4]  # the worst of several findings is the row's
 _ROW_KEYS = {"run", "saw", "right", "less", "only", "else", "absent", "see"}
 
@@ -155,7 +155,7 @@ def _same(given: str | None, wanted: Any, factor: float) -> bool:
 
 def judge(id: str, row: dict[str, Any], runs: Sequence[Run], log: Any, c: Comparison) -> Finding:
     """The verdict on one row. `log`: its line of the table."""
-    for key, verdict in (("absent", ELSEWHERE), ("see", "see")):
+    for key, verdict in (("absent", ELSEWHERE), ("see", "answered elsewhere")):
         if key in row:
             return Finding(id, verdict, "", row[key], c.name)
     if not runs:
@@ -233,9 +233,9 @@ _WORDS = {
 
 
 def _words(name: str, value: Value) -> str:
-    if isinstance(value, bool) and name in _WORDS:
+    if name in _WORDS:
         return _WORDS[name][0 if value else 1]
-    return f"{name.replace('_', ' ')} {value}"
+    return f"B parts from C at layer {value}"
 
 
 _FIGURES = {
