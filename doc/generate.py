@@ -84,8 +84,9 @@ def config_page() -> str:
     parts = [
         "# Every key of a run",
         "",
-        "Written by `python doc/generate.py` from `src/fp4lab/config.py`: change that, not this. A key is given as `key=value` to",
-        "`python run.py`, several values with commas to `python run.py -m`. An unknown key or value is refused with what was expected.",
+        "Written by `python doc/generate.py` from `src/fp4lab/config.py`: change that, not this. A key is given as `key=value`",
+        "to `python run.py`, several values with commas to `python run.py -m`. An unknown key or value is refused, with what",
+        "was expected.",
         "",
         "## Of the run itself",
         "",
@@ -109,10 +110,10 @@ def events_page() -> str:
     parts = [
         "# Every record of a run",
         "",
-        "Written by `python doc/generate.py` from `src/fp4lab/events.py`: change that, not this. `events.jsonl` has one JSON object a",
-        "line: `t` (monotonic seconds since the supervisor started the run), `wall` (UTC, ISO 8601), `kind`, then the fields below.",
-        'MiB are 2^20 bytes. What could not be read is null, never 0. A float that is not finite is written as "nan", "inf" or',
-        '"-inf". A run that was killed has every record up to then; its last line may be cut off.',
+        "Written by `python doc/generate.py` from `src/fp4lab/events.py`: change that, not this. `events.jsonl` has one JSON",
+        "object a line: `t` (monotonic seconds since the supervisor started the run), `wall` (UTC, ISO 8601), `kind`, then the",
+        "fields below. MiB are 2^20 bytes. What could not be read is null, never 0. A float that is not finite is written as",
+        "`nan`, `inf` or `-inf` in quotes. A run that was killed has every record up to then; its last line may be cut off.",
         "",
         "## Memory, in `phase` and `sample`",
         "",
@@ -140,9 +141,9 @@ def events_page() -> str:
 
 
 def _table(fields, prefix: str) -> list[str]:
-    return ["| name | type | default | meaning |", "|---|---|---|---|"] + [
-        f"| `{prefix}{f.name}` | {_type(f.type)} | {_code(f.default)} | {_cell(f.meaning)} |" for f in fields
-    ]
+    head = ["| name | type | default | meaning |", "|---|---|---|---|"]
+    rows = ((f"`{prefix}{f.name}`", _type(f.type), _code(f.default), _cell(f.meaning)) for f in fields)
+    return [*head, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def _type(text: str) -> str:
