@@ -2,11 +2,12 @@
 
 python experiments/run_devlog.py --out experiments/results/cpu                                   the shipped model
 python experiments/run_devlog.py --out experiments/results/h200 --model qwen3_4b --minutes 8.5   Qwen3-4B's shapes on a GPU
-python experiments/run_devlog.py --out experiments/results/h200 --model qwen3_4b --only chunk_grid --minutes 9
+python experiments/run_devlog.py --out outputs/offload --model qwen3_4b --only chunk_grid --minutes 9 -- step.offload_mv=true
 
 Each comparison is one `python run.py -m +experiment=devlog_NAME`. What is left of the time is shared by the runs of a sweep
 (guard.wall_s): a run that takes longer ends as a timeout, with its records. A second call into the same folder skips what is
-done. At the end: `fp4lab report --devlog OUT`, and OUT/report.md.
+done; another choice of runs needs another folder, and `fp4lab report --devlog` takes several. It is printed at the end, and
+written to OUT/report.md.
 """
 
 import argparse

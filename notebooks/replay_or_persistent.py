@@ -93,11 +93,11 @@ print({name: int(count[-1]) for name, count in passes.items()})
 
 # %% [markdown]
 # The right picture is arithmetic: after eight turns replay has computed 130 times as many positions as the persistent
-# cache. The times are ten apart at the end: a forward of one token costs nearly as much as one of fifty, since both are
-# mostly launching. The first token of the first turn is slow for all three, because path B decodes its weights into a cache
-# then; so it was in the log (4.1 s, then 0.54), and it is no matter of the policy. On an H200 with Qwen3-4B all three
-# policies take the same time at this length ([benchmarks](../doc/benchmarks.md)): a cache pays by context, not by
-# principle.
+# cache. The times are ten times apart and more at the end: a forward of one token costs nearly as much as one of fifty,
+# since both are mostly launching. The first token of the first turn is slow for all three, because path B decodes its
+# weights into a cache then; so it was in the log (4.1 s, then 0.54), and it is no matter of the policy. On an H200 with
+# Qwen3-4B all three policies take the same time at this length ([benchmarks](../doc/benchmarks.md)): a cache pays by
+# context, not by principle.
 
 # %% [markdown]
 # ## What it holds

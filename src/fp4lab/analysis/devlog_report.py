@@ -14,15 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # A mark beside each word, so that nothing hangs on colour alone.
-MARKS = {
-    "reproduced": "=",
-    "better": "+",
-    "worse": "-",
-    "different": "!",
-    "not reproducible here": "/",
-    "see": ">",
-    "not run": " ",
-}
+MARKS = dict(zip(devlog.VERDICTS, "=+-!/> ", strict=True))
 _COLOURS = {"reproduced": "cyan", "better": "green", "worse": "red", "different": "red"}
 SUFFIXES = (".md", ".html", ".json")
 
