@@ -134,7 +134,7 @@ def page(found: Sequence[Finding], comparisons: Sequence[Comparison], rows: "pd.
             parts.append(f"<details><summary><code>{e(c.command)}</code></summary><ul>{''.join(notes)}</ul></details>")
         parts.append("<table><tr><th>row</th><th>the log</th><th>verdict</th><th>here</th></tr>")
         for f in mine:
-            here = e(f.here) + (f" <em>{e(f.why)}</em>" if f.why else "")
+            here = "<br>".join(t for t in (e(f.here), f"<em>{e(f.why)}</em>" if f.why else "") if t)
             log, mark = e(_log_said(rows.loc[f.id])), f"{MARKS[f.verdict]} {f.verdict}"
             parts.append(
                 f'<tr><td class="id">{e(f.id)}</td><td class="log">{log}</td>'
