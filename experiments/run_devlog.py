@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -30,6 +31,10 @@ from fp4lab.analysis.measures import peak_mib  # noqa: E402
 from fp4lab.errors import UserError  # noqa: E402
 
 PACKAGES = sysconfig.get_paths()["purelib"]  # tracebacks name its files
+EXACT = {
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}  # freed memory goes back at once: resident = held
 KEPT = ("events.jsonl", "result.json")
 LAST = "chunk_grid"  # its runs take all the time they get
 START_S = 12.0  # of a sweep: Python, Hydra, torch, a first CUDA context
@@ -82,7 +87,8 @@ def run_sweep(c: Comparison, model: str, folder: Path, extra: list[str], deadlin
 def call(c: Comparison, overrides: list[str], seconds: float) -> int | None:
     """`python run.py -m`; None if it had to be ended. A run that fails or is killed is a row, so any exit code will do."""
     command = [sys.executable, "run.py", "-m", f"+experiment={c.experiment}", *QUIET, *overrides]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    exact = EXACT if c.calibrate and f"model={devlog.LOGS_MODEL}" not in overrides else {}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **exact}
     process = subprocess.Popen(command, env=environment)
     try:
         return process.wait(timeout=seconds)
@@ -115,7 +121,7 @@ def calibrated(c: Comparison) -> list[str]:
     known = [p for p in peaks if p is not None]
     if not known:
         raise UserError(f"experiments/devlog/{c.name}.yaml: its calibration ended without a reading of memory")
-    return [f"guard.limit_gb={max(known) / 1024 + c.calibrate['above_gb']:.4f}"]
+    return [f"guard.limit_gb={statistics.median(known) / 1024 + c.calibrate['above_gb']:.4f}"]
 
 
 def slim(folder: Path) -> int:
@@ -129,19 +135,24 @@ def slim(folder: Path) -> int:
         for known, shown in ((f"{ROOT}/", ""), (str(folder), folder.name), (f"{PACKAGES}/", ""), (f"{sys.base_prefix}/", "")):
             text = text.replace(known, shown)
         if path.name == "events.jsonl":
-            text = "".join(line for line in text.splitlines(keepends=True) if keep(line))
+            text = "".join(slim_record(line) for line in text.splitlines())
         path.write_text(text, encoding="utf-8")
         size += path.stat().st_size
     return size
 
 
-def keep(line: str) -> bool:
-    """Whether a record is needed later: all but checks of single weights that found nothing."""
+def slim_record(line: str) -> str:
+    """The line as it is kept, or "": no checks of single weights that found nothing, no changes beside the commit's name."""
     try:
         record = json.loads(line)
     except ValueError:  # cut off by a kill
-        return False
-    return not (record["kind"] == "weight_diff" and record["relative_error"] == 0)
+        return ""
+    if record["kind"] == "weight_diff" and record["relative_error"] == 0:
+        return ""
+    if record.get("git_diff"):
+        record["git_diff"] = None
+        line = json.dumps(record, ensure_ascii=False)
+    return line + "\n"
 
 
 if __name__ == "__main__":

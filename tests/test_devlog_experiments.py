@@ -105,6 +105,24 @@ def test_the_driver_counts_cells(driver):
     assert driver.cells(c, c.gpu) == 3
 
 
+def test_records_are_slimmed(driver, tmp_path):
+    records = [
+        {"kind": "start", "git_diff": "x" * 9000, "git_dirty": True},
+        {"kind": "file", "path": f"{ROOT}/models/tiny/model.dat"},
+        {"kind": "weight_diff", "relative_error": 0.0},
+        {"kind": "weight_diff", "relative_error": "nan"},
+    ]
+    path = tmp_path / "0/events.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join(map(json.dumps, records)) + '\n{"kind": "ph', encoding="utf-8")
+    (tmp_path / "0/worker.log").write_text("said")
+    assert driver.slim(tmp_path) == path.stat().st_size < 400
+    left = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert left[0] == {"kind": "start", "git_diff": None, "git_dirty": True}
+    assert left[1]["path"] == "models/tiny/model.dat" and left[2:] == [records[3]]
+    assert not (tmp_path / "0/worker.log").exists()
+
+
 def test_two_comparisons_for_real(tmp_path):
     """By the driver: the log's rows are met, killed cells included, in small files without this machine's paths."""
     out = tmp_path / "results"
