@@ -60,13 +60,24 @@ def compare(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="a sweep's folder, or one run's")],
+    folders: Annotated[list[Path], typer.Argument(help="a sweep's folder, or one run's; with --devlog any number")],
     png: Annotated[bool, typer.Option("--png", help="also write every figure as PNG, into its folder plots/")] = False,
+    devlog: Annotated[bool, typer.Option("--devlog", help="the reference log's rows beside these runs")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="with --devlog: write .md, .html or .json instead of printing")
+    ] = None,
 ) -> None:
-    """A sweep as one HTML file, report.html in its folder: tables, figures, what was run and what it was made of."""
+    """A sweep as one HTML file, report.html in its folder. With --devlog: runs of +experiment=devlog_* beside the log."""
+    if devlog:
+        from fp4lab.analysis.devlog_report import report as write_devlog
+
+        write_devlog(folders, out)
+        return
+    if len(folders) != 1 or out is not None:
+        raise UserError("report takes one folder; several, and --out, go with --devlog")
     from fp4lab.analysis.report import write_report
 
-    typer.echo(f"wrote {write_report(folder, png)}")
+    typer.echo(f"wrote {write_report(folders[0], png)}")
 
 
 @app.command()
