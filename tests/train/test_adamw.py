@@ -136,7 +136,8 @@ def test_packed_weights_learn_a_regression(master, good):
         losses.append(loss())
         losses[-1].backward()
         adamw.step(5e-3)
-    assert (sum(x.item() for x in losses[-100:]) / 100 < 0.03 * losses[0].item()) is good
+    # 0.017 to 0.039 by the seed of the rounding; nearest stays above 0.1
+    assert (sum(x.item() for x in losses[-100:]) / 100 < 0.06 * losses[0].item()) is good
 
 
 def test_offload_keeps_state_on_the_host_and_gives_the_same_numbers():
