@@ -39,7 +39,7 @@ BackendName = Enum("BackendName", ["dense", "bridge", "fp2", "noste"])
 Activations = Enum("Activations", ["none", "nvfp4"])
 KvcName = Enum("KvcName", ["replay", "prefill", "persistent"])
 StepName = Enum("StepName", ["chunked", "fused", "dense"])
-Recompute = Enum("Recompute", ["none", "block"])
+Recompute = Enum("Recompute", ["none", "block", "selective"])
 StateFormat = Enum("StateFormat", ["nvfp4", "nvfp4_two_level", "int8", "int8_block", "bf16", "fp32"])
 Master = Enum("Master", ["packed", "packed_stochastic", "packed_residual", "bf16", "bf16_stochastic", "fp32"])
 TrackerName = Enum("TrackerName", ["offline", "online", "off"])
@@ -226,7 +226,7 @@ class RunConfig:
     steps: int = 1
     lr: float = 1e-4
     loss: LossName = LossName.ce
-    recompute: Recompute = Recompute.none  # block: keep each block's input alone and compute it again in the backward
+    recompute: Recompute = Recompute.none  # of activations: block (all but its input), selective (its MLP)
     prompt: str = "hi"  # of the first-token probe
     seed: int = 123
     device: Device = Device.auto

@@ -246,7 +246,7 @@ def _model(s: Session, emit: Emit, trains: bool) -> Qwen3 | Bridge:
 
 
 def _recomputing(model: Qwen3, config: dict[str, Any]) -> Qwen3:
-    model.recompute = config["recompute"] == "block"
+    model.recompute = config["recompute"]
     return model
 
 

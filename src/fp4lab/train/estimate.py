@@ -247,6 +247,10 @@ def _activations(shape: Qwen3Config, config: dict[str, Any], size: int, trained:
     if trained and config["recompute"] == "block":
         yield _row("inputs of blocks", f"{layers} layers x {tokens} tokens x {h * size:,} bytes", layers * tokens * h * size)
         layers = 1
+    elif trained and config["recompute"] == "selective":  # of an MLP its input, and one MLP at a time
+        wide = (2 * h + 4 * i) * size
+        each -= wide
+        yield _row("activations of one MLP", f"{tokens} tokens x {wide:,} bytes", tokens * wide, phases)
     yield _row("activations", f"{layers} layers x {tokens} tokens x {each:,} bytes", layers * tokens * each, phases)
     width = min(shape.vocab_size, VOCABULARY_CHUNK) if config["step"]["name"] == "fused" else shape.vocab_size
     text = f"{tokens} tokens x {width:,} x {size + 4} bytes"
