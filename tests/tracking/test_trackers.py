@@ -300,3 +300,16 @@ def test_a_wandb_that_cannot_start_raises_at_the_next_call(tmp_path):
 def test_wandb_mode_can_only_ask_for_less(monkeypatch, asked, mode, used):
     monkeypatch.setenv("WANDB_MODE", asked)
     assert lowered(mode) == used
+
+
+def test_a_fault_is_said_with_what_was_expected_and_where(tmp_path):
+    out = io.StringIO()
+    tracker = ConsoleTracker("t", Console(file=out, width=200, force_terminal=False))
+    diff = FirstTokenDiff(pair="A-B", kl=7.5, max_abs_logit=3.0, expected_kl=1e-6, why="same codes", fault=True)
+    diff.first_divergent_layer = 2
+    tracker.record(record(diff))
+    tracker.record(record(FirstTokenDiff(pair="A-C", top1_equal=True, max_abs_logit=0.0)))
+    tracker.close(record(End(status="completed")))
+    text = out.getvalue()
+    assert "FAULT A-B: expected KL <= 1.0e-06 (same codes), apart from layer 2 on" in text
+    assert "A-C" not in text
