@@ -2,7 +2,7 @@
 
 `train.adamw.update_rows` is its definition, of which it is a reordering: approximate reciprocals and square roots, fused
 multiply-adds, and every value inside 2^-10 of itself, so that the 2^126 that turns moved code bits into a number can be part of
-a scale. Codes may therefore differ where a value lies within a few ulps of the border between two: tests/gpu/test_adamw.py
+a scale. Codes may therefore differ where a value lies within a few ulps of the border between two: tests/gpu/test_adamw_kernel.py
 bounds their share. Without gradients that differ, the same call gives the same bits.
 
 A program is one warp and takes a row from left to right, a block of 16 a thread: first for the row's largest gradient, which
@@ -35,6 +35,7 @@ COUNTS = (
     "zero_v",
 )
 SPREAD = 32  # rows of the counters, so that programs seldom meet on one
+# of a hash, for eight elements and their block: odd, random bits (`train.noise`)
 LANES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09, 0x8CB92BA7)
 FORMATS = ("nvfp4_two_level", "bf16", "fp32")  # of moments
 RULES = ("torchao", "nearest")  # of packed weights, to nearest
@@ -70,7 +71,7 @@ def adamw(
 
     numbers  fp32 [NUMBERS] on the device: read when the kernel runs, so a captured graph follows them
     counts   fp32 [SPREAD, len(COUNTS)] on the device, zeros at first: added to (largest: maximum)
-    count    whether what follows "squares" is counted too; it costs a fifth of the time
+    count    whether what follows "squares" is counted too; it costs a third of the time more
     tensor   which field of the dither; first: the matrix row that grad's row 0 is
     """
     rows, cols = grad.shape

@@ -9,9 +9,9 @@ chance. The same in Triton: `kernels.fused_adamw`.
 import torch
 from torch import Tensor
 
+from fp4lab.nvfp4.adamw_kernel import LANES
+
 _MASK = 0xFFFFFFFF
-# odd, random bits; the last is the block's. Torch multiplies in int64, whose low 32 bits are right whatever overflows.
-LANES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09, 0x8CB92BA7)
 
 
 def dither(key: int, start: int, stop: int, cols: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
