@@ -2,8 +2,8 @@
 
 `train.adamw.update_rows` is its definition, of which it is a reordering: approximate reciprocals and square roots, fused
 multiply-adds, and every value inside 2^-10 of itself, so that the 2^126 that turns moved code bits into a number can be part of
-a scale. Codes may therefore differ where a value lies within a few ulps of the border between two: tests/gpu/test_adamw_kernel.py
-bounds their share. Without gradients that differ, the same call gives the same bits.
+a scale. Codes may therefore differ where a value lies within a few ulps of the border between two;
+tests/gpu/test_adamw_kernel.py bounds their share. The same call gives the same bits.
 
 A program is one warp and takes a row from left to right, a block of 16 a thread: first for the row's largest gradient, which
 the moments' second level needs, then for the update. It is bound by instructions, not by memory (doc/benchmarks.md).

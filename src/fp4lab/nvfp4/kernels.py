@@ -1,4 +1,4 @@
-"""Triton kernels of the number format. The only file that imports Triton, which others take from here; `codec` is the definition they are held to.
+"""Triton kernels of the number format, held to `codec`. The only file that imports Triton; others take it from here.
 
 Bit-equal to the codec on the GPU (tests/gpu/test_kernels.py). Decoding moves bits: the three bits of an E2M1 magnitude become
 exponent and mantissa of an fp32 number (subnormal for code 1, which the multiplication by 2^126 makes 0.5 exactly).
