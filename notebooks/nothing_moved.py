@@ -159,9 +159,9 @@ def survives(format: str, root: bool, value) -> np.ndarray:
     """The share of a block of equal moments that is still there after storing it, in a row beside a block of gradient 1."""
     kept = []
     for g in gradients:
-        moment = Moment(1, 32, format, root, "cpu")
+        moment = Moment(1, 32, format, root, "cpu", 0.999 if root else 0.9)
         true = torch.cat([torch.full((1, 16), value(g)), torch.full((1, 16), value(1.0))], dim=1)
-        moment.write(0, 1, true)
+        moment.write(0, 1, true, torch.tensor([[max(float(g), 1.0)]]))
         kept.append((moment.read(0, 1) / true)[0, :16].mean().item())
     return np.array(kept)
 
