@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,8 +61,8 @@ def test_compare(fp4lab, sweep):
     assert head.split()[:3] == ["run", "lr", "status"]
     assert first.split()[:4] == ["0", "0.1", "failed", "2.5000"]
     assert second.split()[:4] == ["1", "0.2", "unfinished", "2.5000"]
-    assert said[0] == "run 0: failed: KeyError: [/data] of [task]"
-    assert said[1].startswith("run 1: unfinished: no result.json")
+    assert said[0] == "run 0: failed after start: KeyError: [/data] of [task]"
+    assert said[1].startswith("run 1: unfinished: its records have no end")
 
 
 def test_compare_as_csv(fp4lab, sweep):
@@ -115,3 +117,28 @@ def test_the_installed_command(tmp_path):
     done = subprocess.run([command, "compare", tmp_path / "nowhere"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("fp4lab: ") and "Traceback" not in done.stderr
+
+
+def test_compare_sorted_and_filtered(fp4lab, sweep):
+    _, out, _ = fp4lab("compare", sweep, "--csv", "--sort", "-lr")
+    assert [r["run"] for r in csv.DictReader(io.StringIO(out))] == ["1", "0"]
+    _, out, _ = fp4lab("compare", sweep, "--json", "--filter", "status=unfinished", "--filter", "lr>0.1")
+    assert [(r["run"], r["loss"], r["worst_kl"]) for r in json.loads(out)] == [("1", 2.5, None)]
+    code, out, err = fp4lab("compare", sweep, "--filter", "speed=1")
+    assert code == 2 and out == "" and "speed" in err and "peak_mib" in err
+
+
+def test_compare_against_another_sweep(fp4lab, sweep, tmp_path):
+    code, out, _ = fp4lab("compare", sweep, "--against", sweep)
+    assert code == 0 and "2 runs compared" in out and "differences: 0" in out
+    other = tmp_path / "other"
+    shutil.copytree(sweep, other)
+    path = other / "1" / "events.jsonl"
+    path.write_text(path.read_text().replace('"loss": 2.5', '"loss": 2.75'))
+    code, out, _ = fp4lab("compare", other, "--against", sweep)
+    assert code == 1 and "+10.00%" in out and "differences: 1" in out
+    code, out, _ = fp4lab("compare", other, "--against", sweep, "--json")
+    (found,) = json.loads(out)["differences"]
+    assert code == 1 and (found["run"], found["what"], found["was"], found["now"]) == ("1", "loss", 2.5, 2.75)
+    assert fp4lab("compare", other, "--against", sweep, "--tolerance", "loss=0.2")[0] == 0
+    assert fp4lab("compare", other, "--tolerance", "loss=0.2")[0] == 2

@@ -42,6 +42,14 @@ def test_generator_gives_the_same_bytes(tmp_path):
     assert sum(map(len, committed.values())) < 3_000_000
 
 
+def test_capitals_are_what_the_program_writes(tmp_path):
+    run("build_capitals.py", tmp_path / "capitals.jsonl")
+    text = (tmp_path / "capitals.jsonl").read_text(encoding="utf-8")
+    assert text == (DATA / "samples" / "capitals.jsonl").read_text(encoding="utf-8")
+    answers = [m["content"] for line in text.splitlines() for m in json.loads(line)["messages"] if m["role"] == "assistant"]
+    assert len(text.splitlines()) == 990 and all(a == a.upper() for a in answers)
+
+
 def test_tokenizer_gives_the_same_bytes(tmp_path):
     run("build_tokenizer.py", tmp_path / "tokenizer.json")
     assert (tmp_path / "tokenizer.json").read_bytes() == (ROOT / "models" / "tiny" / "tokenizer.json").read_bytes()

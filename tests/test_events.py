@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fp4lab.events import KINDS, STATUSES, End, Failure, FirstToken, Loss, decode, encode, to_record
 
-_ODD = {"host": st.dictionaries(st.text(), st.none() | st.integers() | st.text())}
+_ODD = dict.fromkeys(("host", "config"), st.dictionaries(st.text(), st.none() | st.integers() | st.text()))
 
 
 def _events(cls: type) -> st.SearchStrategy:

@@ -27,9 +27,9 @@ LIGHT = [
     *("config", "choices", "events", "errors", "launch", "interactive", "cli"),
     *("telemetry.host", "telemetry.nvml", "telemetry.cgroup", "telemetry.reader", "telemetry.cuda"),
     *("telemetry.device", "telemetry.tensor_bytes"),
-    *("tracking.jsonl", "tracking.console", "tracking.chatlog", "tracking.wandb"),
+    *("tracking.jsonl", "tracking.console", "tracking.chatlog", "tracking.wandb", "tracking.wandb_view"),
     *("supervise.run", "supervise.client", "supervise.server"),
-    *("analysis.frames", "analysis.table", "analysis.callback"),
+    *("analysis.frames", "analysis.table", "analysis.callback", "analysis.report", "analysis.sync", "analysis.against"),
 ]
 
 

@@ -14,6 +14,7 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "threads": (0, True),
     "step.chunk_rows": (1, True),
     "step.eps": (0, False),
+    "step.health_every": (0, True),
     "step.beta1": (0, True),
     "step.beta2": (0, True),
     "step.weight_decay": (0, True),
@@ -61,6 +62,8 @@ def check(config: dict[str, Any]) -> None:
         )
     if config["step"]["name"] == "fused" and config["task"]["name"] in ("step", "tune"):
         _check_fused(config)
+    if config["step"]["join"] and config["step"]["name"] == "chunked":
+        _check_joined(config)
     if config["weights"]["embedding"] == "nvfp4":
         _check_packed_embedding(config)
     if config["backend"]["native_fp4"] and config["backend"]["activations"] != "nvfp4":
@@ -79,6 +82,22 @@ def _check_packed_embedding(config: dict[str, Any]) -> None:
         raise UserError("weights.embedding=nvfp4 has no unquantised weights: it needs backend=fp2, bridge or noste")
 
 
+def _check_joined(config: dict[str, Any]) -> None:
+    """What rows of many tensors in one state cannot do."""
+    step = config["step"]
+    for key in ("offload_mv", "offload_w", "offload_grad", "flush_each_param"):
+        if step[key]:
+            raise UserError(
+                f"step.{key}=true works parameter by parameter, and step.join=true joins them: leave one of them false"
+            )
+    if config["weights"]["levels"] == "tensor":
+        raise UserError(
+            "weights.levels=tensor: rows of several tensors have no scale in common; step.join=true needs single or row"
+        )
+    if config["backend"]["name"] == "dense" or config["quirk"]["pack_everything"]:
+        raise UserError("step.join=true joins packed linears: it needs backend=fp2 and quirk.pack_everything=false")
+
+
 def _check_fused(config: dict[str, Any]) -> None:
     """What an update inside the backward pass cannot do."""
     step = config["step"]
@@ -87,12 +106,7 @@ def _check_fused(config: dict[str, Any]) -> None:
             f"step.clip_grad={step['clip_grad']}: step=fused uses each gradient before the global norm is known. Bound every "
             "element's update with step.max_update=1.0 instead, or clip with step=chunked"
         )
-    if not step["master"].startswith("packed"):
-        raise UserError(
-            f"step.master={step['master']}: step=fused keeps weights packed alone; use step.master=packed_stochastic or "
-            "packed, or step=chunked"
-        )
-    if config["task"]["name"] == "step" and config["loss"] != "ce":
+    if config["loss"] != "ce":
         raise UserError(f"loss={config['loss']}: step=fused has cross-entropy alone; use loss=ce, or step=chunked")
     if config["quirk"]["pack_everything"] or config["quirk"]["no_final_norm"]:
         raise UserError("quirk.pack_everything and quirk.no_final_norm are incidents of step=chunked; step=fused has neither")
@@ -133,7 +147,9 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
         elif key.split(".")[0] == "step" and task == "step" and not trains:
             said.append(f"{override} has no effect: backend={backend} is not trained.")
         elif key in _NOT_FUSED and step == "fused":
-            said.append(f"{override} has no effect: step=fused keeps no gradient, no float weights and nothing on the host.")
+            said.append(f"{override} has no effect: step=fused updates each weight in the backward, and keeps nothing.")
+        elif key in _FUSED_ONLY and step != "fused":
+            said.append(f"{override} has no effect: step={step} has neither kernels nor a graph of its own.")
         elif key in _CHUNKED_ONLY and step == "dense":
             said.append(f"{override} has no effect: step=dense is torch's AdamW on whole parameters.")
         elif key.startswith("task.") and key[5:] not in ("name", *_TASK_KEYS.get(task, ())):
@@ -177,7 +193,8 @@ TASK_PHASES = {
     "chat": (*_LOADING, "turn_done", "cleanup_done"),
 }
 _TRAINING_ONLY = ("lr", "steps", "seq_len", "loss", "data.path", "data.order")
-_NOT_FUSED = {f"step.{k}" for k in ("flush_each_param", "offload_mv", "offload_w", "offload_grad", "sanitize")}
+_NOT_FUSED = {f"step.{k}" for k in ("join", "flush_each_param", "offload_mv", "offload_w", "offload_grad", "sanitize")}
+_FUSED_ONLY = {f"step.{k}" for k in ("kernels", "graph", "health_every")}
 _CHUNKED_ONLY = {
     f"step.{k}"
     for k in (
@@ -185,6 +202,7 @@ _CHUNKED_ONLY = {
         "state",
         "master",
         "max_update",
+        "join",
         "flush_each_param",
         "offload_mv",
         "offload_w",

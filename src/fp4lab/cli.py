@@ -11,6 +11,8 @@ import typer
 from fp4lab.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from fp4lab.checkpoint.export import Target
     from fp4lab.checkpoint.quantise import Recipe
 
@@ -20,23 +22,36 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 @app.command()
 def compare(
     folder: Annotated[Path, typer.Argument(help="a sweep's folder, or one run's")],
+    sort: Annotated[list[str] | None, typer.Option(help="column to sort by; -NAME from the largest; again for ties")] = None,
+    filter_: Annotated[list[str] | None, typer.Option("--filter", help="e.g. status=completed, peak_mib<300; all hold")] = None,
     csv: Annotated[bool, typer.Option("--csv", help="print comma-separated values, every column")] = False,
+    json: Annotated[bool, typer.Option("--json", help="print JSON, every column")] = False,
+    against: Annotated[Path | None, typer.Option(help="an earlier sweep: print what differs from it")] = None,
+    tolerance: Annotated[list[str] | None, typer.Option(help="with --against: RESULT=RELATIVE or RESULT=off")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="also write memory by phase and losses to this .png")] = None,
     golden: Annotated[Path | None, typer.Option("--golden", help="hold a task=compare run against this file")] = None,
     save: Annotated[bool, typer.Option("--save", help="write the --golden file instead")] = False,
 ) -> None:
-    """Runs side by side: status, loss, first-token agreement, memory, time. With --golden, exit code 1 on a difference."""
+    """Runs side by side: status, loss, first token, memory, time. --golden and --against: exit code 1 on a difference."""
     if golden is not None:
         raise typer.Exit(_golden(folder, golden, save))
     if save:
         raise UserError("--save writes the file that --golden names; give --golden FILE")
+    if tolerance and against is None:
+        raise UserError("--tolerance is of --against; give --against SWEEP")
     from fp4lab.analysis.frames import load_runs
     from fp4lab.analysis.paths import print_paths
+    from fp4lab.analysis.select import filtered, ordered
     from fp4lab.analysis.table import print_runs
 
-    runs = load_runs(folder)
+    runs = ordered(filtered(load_runs(folder).runs, filter_ or []), sort or [])
+    if against is not None:
+        raise typer.Exit(_against(runs, filtered(load_runs(against).runs, filter_ or []), tolerance or [], json))
     if csv:
         runs.to_csv(sys.stdout, index=False)
+    elif json:
+        runs.to_json(sys.stdout, orient="records", indent=1, force_ascii=False, double_precision=15)
+        typer.echo()
     else:
         print_runs(runs)
         print_paths(folder)
@@ -44,6 +59,55 @@ def compare(
         from fp4lab.analysis.plots import save_figure
 
         typer.echo(f"wrote {save_figure(folder, plot)}", err=True)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="a sweep's folder, or one run's; with --devlog any number")],
+    png: Annotated[bool, typer.Option("--png", help="also write every figure as PNG, into its folder plots/")] = False,
+    devlog: Annotated[bool, typer.Option("--devlog", help="the reference log's rows beside these runs")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="with --devlog: write .md, .html or .json instead of printing")
+    ] = None,
+) -> None:
+    """A sweep as one HTML file, report.html in its folder. With --devlog: runs of +experiment=devlog_* beside the log."""
+    if devlog:
+        from fp4lab.analysis.devlog_report import report as write_devlog
+
+        write_devlog(folders, out)
+        return
+    if len(folders) != 1 or out is not None:
+        raise UserError("report takes one folder; several, and --out, go with --devlog")
+    from fp4lab.analysis.report import write_report
+
+    typer.echo(f"wrote {write_report(folders[0], png)}")
+
+
+@app.command()
+def sync(folder: Annotated[Path, typer.Argument(help="a sweep's folder, or one run's")]) -> None:
+    """Event files into offline wandb runs: those tracked off, or killed before wandb had their data. Again changes nothing."""
+    from fp4lab.analysis.sync import sync
+
+    for run, done in sync(folder):
+        typer.echo(f"{run} {done}")
+    typer.echo("to look at them: wandb leet; to send them: wandb sync (doc/wandb.md)")
+
+
+def _against(now: "pd.DataFrame", was: "pd.DataFrame", given: list[str], as_json: bool) -> int:
+    from dataclasses import asdict
+
+    from fp4lab.analysis.against import compare_sweeps, shared_differences, tolerances
+    from fp4lab.analysis.table import print_against
+    from fp4lab.events import encode
+
+    allowed, fixed = tolerances(given, now), shared_differences(now, was)
+    count, found = compare_sweeps(now, was, allowed)
+    if as_json:
+        differences = [{**asdict(d), "change": d.change} for d in found]
+        typer.echo(encode({"compared": count, "fixed": fixed, "differences": differences}))
+    else:
+        print_against(count, found, fixed, allowed)
+    return 1 if found or not count else 0
 
 
 def _golden(folder: Path, path: Path, save: bool) -> int:
@@ -71,17 +135,21 @@ def inspect(path: Annotated[Path, typer.Argument(help="a run's folder (or a swee
 
 
 def _inspect_runs(folder: Path) -> None:
-    from fp4lab.analysis.frames import read_events, read_result, run_folders
+    from fp4lab.analysis.records import read_events, read_result, run_folders
+    from fp4lab.analysis.rows import RunRow
     from fp4lab.tracking.console import ConsoleTracker
 
     for run in run_folders(folder):
-        result, records = read_result(run), read_events(run)
-        console = ConsoleTracker("  ".join([str(run), *result.get("overrides", [])]))
+        records = read_events(run)
+        refused = {} if records else read_result(run)
+        overrides = refused.get("overrides") or (records[0].get("overrides") if records else None) or []
+        console, summed = ConsoleTracker("  ".join([str(run), *overrides])), RunRow()
         for record in records:
             console.record(record)
+            summed.add(record)
         if not any(r["kind"] == "end" for r in records):  # refused before it began, or killed with its supervisor
-            end = {"status": result["status"], "reason": result["reason"], "seconds": result["seconds"] or 0.0}
-            console.record({"kind": "end", **end})
+            end = refused or summed.row()
+            console.record({"kind": "end", **{k: end[k] for k in ("status", "reason")}, "seconds": end["seconds"] or 0.0})
 
 
 def _inspect_weights(path: Path) -> None:

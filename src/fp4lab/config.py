@@ -40,9 +40,9 @@ BackendName = Enum("BackendName", ["dense", "bridge", "fp2", "noste"])
 Activations = Enum("Activations", ["none", "nvfp4"])
 KvcName = Enum("KvcName", ["replay", "prefill", "persistent"])
 StepName = Enum("StepName", ["chunked", "fused", "dense"])
-Recompute = Enum("Recompute", ["none", "block"])
-StateFormat = Enum("StateFormat", ["nvfp4", "nvfp4_two_level", "int8", "bf16", "fp32"])
-Master = Enum("Master", ["packed", "packed_stochastic", "bf16", "fp32"])
+Recompute = Enum("Recompute", ["none", "block", "selective"])
+StateFormat = Enum("StateFormat", ["nvfp4", "nvfp4_two_level", "int8", "int8_block", "bf16", "fp32"])
+Master = Enum("Master", ["packed", "packed_stochastic", "packed_residual", "bf16", "bf16_stochastic", "fp32"])
 TrackerName = Enum("TrackerName", ["offline", "online", "off"])
 OnCollapse = Enum("OnCollapse", ["end", "flag"])
 Prefill = Enum("Prefill", ["whole", "token"])
@@ -134,13 +134,16 @@ class StepConfig:
 
     name: StepName = StepName.chunked
     chunk_rows: int = 32  # rows decoded at a time: bounds the optimizer's scratch memory
-    state: StateFormat = StateFormat.nvfp4_two_level  # how moments are stored
-    master: Master = Master.packed_stochastic  # how weights are stored between steps
+    # how moments are stored: nvfp4 and nvfp4_two_level in 4.5 bits each, int8 (a scale a row) and int8_block (of 256) in 8
+    state: StateFormat = StateFormat.nvfp4_two_level  # from scratch int8_block learns better (doc/training.md)
+    # how weights are stored between steps: packed and packed_stochastic in 4.5 bits, packed_residual 12.5, bf16_stochastic 16
+    master: Master = Master.packed_stochastic
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_update: float | None = None  # cap on |update| / lr per element
+    join: bool = False  # one state for all parameters of a width: the same update in fewer kernels, for small models on a GPU
     flush_each_param: bool = False  # synchronise and empty the allocator's cache after each parameter
     offload_mv: bool = False  # keep moments in host memory
     offload_w: bool = False  # keep packed weights in host memory
@@ -148,6 +151,9 @@ class StepConfig:
     grad_norm: bool = True  # compute and record the global gradient norm
     clip_grad: float | None = None  # clip the global gradient norm to this
     sanitize: bool = False  # NaN and Inf in gradients become 0
+    kernels: bool = True  # step=fused on a GPU: updates by Triton kernels; false: plain torch
+    graph: bool = True  # step=fused on a GPU: a shape's later steps are one captured CUDA graph; false: eager
+    health_every: int = 1  # every this many steps it is counted what became of weights and blocks; 0: never
 
 
 @dataclass
@@ -226,7 +232,7 @@ class RunConfig:
     steps: int = 1
     lr: float = 1e-4
     loss: LossName = LossName.ce
-    recompute: Recompute = Recompute.none  # block: keep each block's input alone and compute it again in the backward
+    recompute: Recompute = Recompute.none  # of activations: block (all but its input), selective (its MLP)
     prompt: str = "hi"  # of the first-token probe
     seed: int = 123
     device: Device = Device.auto

@@ -6,6 +6,7 @@ JSON has no NaN: a non-finite float is written as "nan", "inf" or "-inf" and rea
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -61,15 +62,20 @@ class Memory:
 
 @dataclass
 class Start(Event):
-    """The manifest: enough to run it again."""
+    """The manifest: enough to run it again, and to tell it to wandb again."""
 
     kind: ClassVar[str] = "start"
+    run_id: str = ""  # of this start: the same in wandb
     task: str = ""
     overrides: list[str] = field(default_factory=list)
+    choices: dict[str, str] = field(default_factory=dict)  # config group: choice
+    config: dict[str, Any] = field(default_factory=dict)  # resolved
     versions: dict[str, str] = field(default_factory=dict)
     git_commit: str | None = None
     git_dirty: bool | None = None
+    git_diff: str | None = None  # of tracked files against the commit; cut after supervise/manifest.py:DIFF_BYTES
     host: dict[str, Any] = field(default_factory=dict)
+    devices: list[str] | None = None  # GPUs that NVML shows; None: there is no NVML
 
 
 @dataclass
@@ -308,30 +314,7 @@ class End(Event):
     peaks: dict[str, float | None] = field(default_factory=dict)
 
 
-KINDS: dict[str, type[Event]] = {
-    c.kind: c
-    for c in (
-        Start,
-        File,
-        Note,
-        Phase,
-        Sample,
-        Progress,
-        Loss,
-        FirstToken,
-        FirstTokenDiff,
-        LayerDiff,
-        WeightDiff,
-        Entry,
-        Turn,
-        StateHealth,
-        MemoryEstimate,
-        TensorBytes,
-        Guard,
-        Failure,
-        End,
-    )
-}
+KINDS: dict[str, type[Event]] = {c.kind: c for c in Event.__subclasses__()}
 
 Emit = Callable[[Event], None]
 
@@ -373,8 +356,26 @@ def decode(line: str) -> dict[str, Any]:
     record = json.loads(line)
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         raise ValueError(f"expected a JSON object with a 'kind', got: {line[:80]!r}")
-    cls = KINDS.get(record["kind"])
-    fields = {f.name: str(f.type) for f in dataclasses.fields(cls)} if cls else {}  # type: ignore[arg-type]
+    return revive(record) if any(f'"{word}"' in line for word in _SPECIAL) else record
+
+
+@functools.cache
+def declared_types(kind: str) -> dict[str, str]:
+    """Field: its type as written in this file. Empty for a kind that this version does not know."""
+    cls = KINDS.get(kind)
+    return {f.name: str(f.type) for f in dataclasses.fields(cls)} if cls else {}  # type: ignore[arg-type]
+
+
+@functools.cache
+def defaults(kind: str) -> dict[str, Any]:
+    """Field: what it means for a record of an older version to lack it. Not to be changed."""
+    cls = KINDS.get(kind)
+    return dataclasses.asdict(cls()) if cls else {}  # type: ignore[call-overload]
+
+
+def revive(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with "nan", "inf" and "-inf" as floats again where its kind says float."""
+    fields = declared_types(record["kind"])
     for name, value in record.items():
         declared = fields.get(name, "")
         if isinstance(value, str) and value in _SPECIAL and "float" in declared and "str" not in declared:
@@ -384,5 +385,5 @@ def decode(line: str) -> dict[str, Any]:
         elif declared.startswith("list[float]") and isinstance(value, list):
             record[name] = [_SPECIAL.get(x, x) if isinstance(x, str) else x for x in value]
         elif name == "top10" and isinstance(value, list):
-            record[name] = [(i, _SPECIAL.get(x, x) if isinstance(x, str) else x, s) for i, x, s in value]
+            record[name] = [[i, _SPECIAL.get(x, x) if isinstance(x, str) else x, s] for i, x, s in value]
     return record

@@ -66,12 +66,12 @@ def _trackers(
 ) -> list[Tracker]:
     trackers: list[Tracker] = [JsonlTracker(out_dir / EVENTS), ChatLog(out_dir), ConsoleTracker(title)]
     if config["tracker"]["name"] != "off":
+        from fp4lab.analysis.rows import RunRow
         from fp4lab.tracking.wandb import WandbTracker
+        from fp4lab.tracking.wandb_view import options
 
-        group = config["tracker"]["group"] or (sweep_dir.name if sweep_dir else None)
-        tags = [*config["tracker"]["tags"], *(f"{k}={v}" for k, v in choices.items())]
-        name = f"{sweep_dir.name}/{out_dir.name}" if sweep_dir else out_dir.name
-        trackers.append(WandbTracker(sweep_dir or out_dir, name, group, [t[:64] for t in tags], config))
+        told = options(config, choices, out_dir.name, sweep_dir.name if sweep_dir else None)
+        trackers.append(WandbTracker(sweep_dir or out_dir, config["tracker"]["name"], told, RunRow()))
     return trackers
 
 

@@ -64,7 +64,7 @@ def test_a_sweep_of_40_whose_third_dies_in_every_way(tmp_path):
         expected.append(status)
         assert one(tmp_path / str(i), toy, **guard)["status"] == status, toy
     assert next(ways, None) is None
-    runs = load_runs(tmp_path)
+    runs = load_runs(tmp_path).runs
     assert list(runs["status"]) == expected and Counter(expected)["completed"] == 27
     assert all(reason for reason, status in zip(runs["reason"], expected, strict=True) if status != "completed")
     for i, status in enumerate(expected):

@@ -177,6 +177,26 @@ def test_tune_trains_evaluates_answers_and_writes(compose, tmp_path):
     assert [t[0] for t in before][:3] == [t[0] for t in after][:3]
 
 
+def test_tune_is_the_same_training_whatever_the_step(compose):
+    """With fp32 state and master: torch's AdamW, in chunks, or inside the backward; and the 4-bit ones report their health."""
+    common = ("task=tune", "task.batch_size=4", "steps=3", "task.log_every=1", "task.warmup_steps=1", "seq_len=48",
+              "data.path=data/dialogues/zh_greetings.jsonl", "step.chunk_rows=4096", "dtype=float32")  # fmt: skip
+    plain = ("step.master=fp32", "step.state=fp32")
+    losses = {}
+    joined = ("step=chunked", "step.join=true", *plain)
+    for choice in (("step=dense",), ("step=chunked", *plain), joined, ("step=fused", *plain), ("step=fused",)):
+        records: list[dict] = []
+        main(compose(*common, *choice), lambda e: records.append(to_record(e)))  # noqa: B023
+        losses[choice] = [r["loss"] for r in of(records, "loss")]
+        assert len(losses[choice]) == 4 and of(records, "loss")[-1]["split"] == "eval"
+        assert [r["step"] for r in of(records, "state_health")] == ([] if choice == ("step=dense",) else [1, 2, 3])
+        assert {r["path"] for r in of(records, "first_token")} >= {"A.infer", "B.fp2_ste"}
+    dense, chunked, joined, fused, packed = losses.values()
+    assert joined == chunked
+    assert chunked == pytest.approx(dense, rel=1e-4) and fused == pytest.approx(dense, rel=1e-4)
+    assert packed[0] == pytest.approx(dense[0], rel=1e-5) and packed[-1] != pytest.approx(dense[-1], rel=1e-4)
+
+
 def test_the_shipped_model_answers(compose):
     """ "hi", the UFO prompt, 你是誰 and a follow-up, on A, B and C."""
     from fp4lab.tasks.session import open_session

@@ -19,7 +19,18 @@ def of(records, kind):
     return [r for r in records if r["kind"] == kind]
 
 
-@pytest.mark.parametrize("more", [(), ("weights=random",), ("step.master=packed", "recompute=block")], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("weights=random",),
+        ("step.master=packed", "recompute=block"),
+        ("weights=random", "step.master=fp32"),
+        ("step.master=fp32", "step.state=int8_block"),
+        ("weights=random", "step.master=packed_residual"),
+    ],
+    ids=str,
+)
 def test_a_fused_run_is_a_chunked_run(compose, more):
     """Untied and tied heads, both roundings: losses, norm, agreement of the paths afterwards."""
     common = ("dtype=float32", "seq_len=16", "steps=3", "step.chunk_rows=64", *more)
@@ -32,7 +43,9 @@ def test_a_fused_run_is_a_chunked_run(compose, more):
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     assert not any(d["fault"] for d in of(fused, "first_token_diff") if not d["pair"].endswith("R"))
     kinds = {r["tensor_kind"] for r in of(fused, "tensor_bytes")}
-    assert kinds == {r["tensor_kind"] for r in of(chunked, "tensor_bytes")} - {"dense_param"}
+    own = {"state_w_data"} if "step.master=fp32" in more else set()  # step=chunked has it as its parameters
+    assert kinds == {r["tensor_kind"] for r in of(chunked, "tensor_bytes")} - {"dense_param"} | own
+    assert ("state_w_residual" in kinds) == ("step.master=packed_residual" in more)
     params = {name: sum(r["mib"] for r in of(records, "tensor_bytes") if r["tensor_kind"] == "model_param") for name, records in
               (("fused", fused), ("chunked", chunked))}  # fmt: skip
     assert params["fused"] < params["chunked"] / 3
@@ -74,7 +87,6 @@ def test_the_estimate_knows_it(compose):
     "choice, word",
     [
         ("step.clip_grad=1.0", "step.max_update"),
-        ("step.master=fp32", "packed_stochastic"),
         ("loss=scalar", "loss=ce"),
         ("backend=dense", "backend=fp2"),
         ("quirk.pack_everything=true", "step=chunked"),

@@ -187,7 +187,7 @@ def test_what_would_stop_the_writing_is_told_first(task, compose, tmp_path):
 
 
 def test_export_needs_an_output(compose):
-    with pytest.raises(UserError, match="task.output=<file.dat or folder>"):
+    with pytest.raises(UserError, match=r"task\.output=<file\.dat or folder>"):
         main(compose("task=export"), lambda e: None)
 
 

@@ -3,13 +3,14 @@
 import io
 import json
 import math
-import struct
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from fp4lab.analysis.rows import RunRow
 from fp4lab.events import (
     End,
     File,
@@ -29,11 +30,15 @@ from fp4lab.events import (
 from fp4lab.tracking.base import Fanout
 from fp4lab.tracking.console import ConsoleTracker, memory_text
 from fp4lab.tracking.jsonl import JsonlTracker
-from fp4lab.tracking.wandb import WandbTracker
+from fp4lab.tracking.wandb import WandbTracker, lowered
+from fp4lab.tracking.wandb_file import read_records
+from fp4lab.tracking.wandb_view import options
+
+WALL = "2026-01-01T00:00:00.000+00:00"
 
 
 def record(event, t: float = 0.0) -> dict:
-    return {"t": t, "wall": "2026-01-01T00:00:00.000+00:00", **to_record(event)}
+    return {"t": t, "wall": WALL, **to_record(event)}
 
 
 # the file
@@ -191,32 +196,11 @@ def test_memory_text_prefers_the_device():
 # wandb
 
 
-def read_wandb(path: Path) -> list:
-    """Records of a .wandb file: a 7-byte header, then LevelDB log blocks."""
-    from wandb.proto import wandb_internal_pb2 as pb
-
-    data, at, part, records = path.read_bytes(), 7, b"", []
-    while at + 7 <= len(data):
-        left = 32768 - at % 32768
-        if left < 7:
-            at += left
-            continue
-        _, size, kind = struct.unpack_from("<IHB", data, at)
-        if at + 7 + size > len(data):  # still being written
-            break
-        part += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):
-            records.append(pb.Record.FromString(part))
-            part = b""
-    return records
-
-
 def when_written(path: Path, seconds: float = 10.0) -> list:
     """The records, once the last is there: wandb's own process writes on for a moment after finish()."""
     deadline = time.monotonic() + seconds
     while True:
-        records = read_wandb(path)
+        records = list(read_records(path))
         if any(r.WhichOneof("record_type") == "exit" for r in records):
             return records
         assert time.monotonic() < deadline, f"{path} was not finished: {len(records)} records"
@@ -231,7 +215,7 @@ def history(records: list) -> list[dict]:
     return rows
 
 
-CONFIG = {"tracker": {"project": "fp4lab-test", "name": "offline"}, "task": {"name": "step"}, "seed": 7}
+CONFIG = {"tracker": {"project": "fp4lab-test", "name": "offline", "group": "group"}, "task": {"name": "step"}, "seed": 7}
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +228,9 @@ def wandb_runs(tmp_path_factory):
         for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_NAME", "WANDB_SILENT"):
             patch.delenv(name, raising=False)
         for name, status, losses in (("job0", "failed", [5.0, 4.0]), ("job1", "completed", [1.0])):
-            tracker = WandbTracker(home / "runs", name, "group", ["tag=x"], {**CONFIG, "lr": len(losses)})
-            tracker.record(record(Start(task="step")))
+            told = options({**CONFIG, "lr": len(losses)}, {"tag": "x"}, name, None)
+            tracker = WandbTracker(home / "runs", "offline", told, RunRow())
+            tracker.record(record(Start(task="step", run_id=f"id-of-{name}")))
             tracker.record(record(Phase(name="start", ms=2.0, proc_rss_mib=11.0)))
             for step, loss in enumerate(losses):
                 tracker.record(record(Loss(step=step, loss=loss)))
@@ -267,7 +252,7 @@ def test_every_job_is_an_offline_run_of_its_own(wandb_runs):
     folders, found = wandb_runs
     assert len(folders) == 2 and sorted(found) == ["job0", "job1"]
     runs = [run for run, _ in found.values()]
-    assert len({r.run_id for r in runs}) == 2
+    assert {r.run_id for r in runs} == {"id-of-job0", "id-of-job1"}, "the ids of their records"
     for run in runs:
         assert (run.project, run.run_group, run.job_type, list(run.tags)) == ("fp4lab-test", "group", "step", ["tag=x"])
 
@@ -287,10 +272,44 @@ def test_a_job_has_its_own_data_and_exit_code(wandb_runs, name, losses, code, st
     updates = [u for r in records if r.WhichOneof("record_type") == "summary" for u in r.summary.update]
     summary = {u.key or "/".join(u.nested_key): json.loads(u.value_json) for u in updates}
     assert summary["status"] == status and summary["reason"] == f"because of {name}"
-    assert summary["first_token/before/A-C/kl"] == 0.5
+    assert (summary["result/loss"], summary["result/peak_mib"], summary["result/worst_kl"]) == (losses[-1], 11.0, 0.5)
+    assert "result/ms_per_token" not in summary, "what is unknown cannot be optimised"
+    assert rows[0]["_timestamp"] == datetime.fromisoformat(WALL).timestamp()
+    metrics = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
+    axes = {m.glob_name: m.step_metric for m in metrics if m.glob_name}
+    assert axes["loss/*"] == "loss/step" and axes["phase/*"] == "phase/index" and axes["memory/*"] == "memory/seconds"
 
 
 def test_a_wandb_that_cannot_start_raises_at_the_next_call(tmp_path):
-    tracker = WandbTracker(tmp_path, "x", None, [], {**CONFIG, "tracker": {"project": "p", "name": "no such mode"}})
+    tracker = WandbTracker(tmp_path, "no such mode", options(CONFIG, {}, "x", None), RunRow())
+    tracker.record(record(Start()))
     with pytest.raises(Exception, match="no such mode"):
         tracker.close(record(End(status="completed")))
+
+
+@pytest.mark.parametrize(
+    ("asked", "mode", "used"),
+    [
+        ("", "online", "online"),
+        ("offline", "online", "offline"),
+        ("disabled", "online", "disabled"),
+        ("online", "offline", "offline"),
+        ("disabled", "offline", "disabled"),
+    ],
+)
+def test_wandb_mode_can_only_ask_for_less(monkeypatch, asked, mode, used):
+    monkeypatch.setenv("WANDB_MODE", asked)
+    assert lowered(mode) == used
+
+
+def test_a_fault_is_said_with_what_was_expected_and_where(tmp_path):
+    out = io.StringIO()
+    tracker = ConsoleTracker("t", Console(file=out, width=200, force_terminal=False))
+    diff = FirstTokenDiff(pair="A-B", kl=7.5, max_abs_logit=3.0, expected_kl=1e-6, why="same codes", fault=True)
+    diff.first_divergent_layer = 2
+    tracker.record(record(diff))
+    tracker.record(record(FirstTokenDiff(pair="A-C", top1_equal=True, max_abs_logit=0.0)))
+    tracker.close(record(End(status="completed")))
+    text = out.getvalue()
+    assert "FAULT A-B: expected KL <= 1.0e-06 (same codes), apart from layer 2 on" in text
+    assert "A-C" not in text

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fp4lab.nvfp4 import pack, unpack
-from fp4lab.train.adamw import AdamWOptions, ChunkedAdamW
+from fp4lab.train.adamw import MASTERS, AdamWOptions, ChunkedAdamW
 from fp4lab.train.grads import clip, grad_norm, sanitize
 from fp4lab.train.state import FORMATS
 
@@ -24,7 +24,7 @@ def parameters(*shapes, seed=0, sd=0.05):
 def give_gradients(ps, step, sd=1.0):
     generator = torch.Generator().manual_seed(1000 + step)
     for p in ps.values():
-        p.grad = torch.randn(p.shape, generator=generator) * sd
+        p.grad = (torch.randn(p.shape, generator=generator) * sd).to(p.dtype)
 
 
 @settings(max_examples=25, deadline=None)
@@ -52,19 +52,22 @@ def test_plain_state_equals_torch(rows, cols, chunk, lr, decay, beta2, eps):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("state, master", [*itertools.product(FORMATS, ["packed", "packed_stochastic", "bf16", "fp32"])])
+@pytest.mark.parametrize("state, master", [*itertools.product(FORMATS, MASTERS)])
 def test_chunk_rows_changes_nothing(state, master):
     """Bit for bit: rows are independent and the dither depends on the element's place alone."""
     results = []
     for chunk in (1, 5, 16, 100):
         ps = parameters((37, 48), (21, 32), seed=3)
+        for p in ps.values():
+            p.data = p.data.bfloat16() if master.startswith("bf16") else p.data
         packed = {n: pack(p, "nearest", "row") for n, p in ps.items()}
         adamw = ChunkedAdamW(ps, packed, AdamWOptions(chunk_rows=chunk, state=state, master=master, seed=5))
         for step in range(3):
             give_gradients(ps, step)
             health = adamw.step(1e-3)
         stored = [t for p in adamw.stored().values() for t in (p.codes, p.block_scale.view(torch.uint8))]
-        results.append([*(p.detach() for p in ps.values()), *stored])
+        rest = [s.residual for s in adamw.states if s.residual is not None]
+        results.append([*(p.detach() for p in ps.values()), *stored, *rest])
         assert health.max_update_over_lr is not None
     for other in results[1:]:
         for x, y in zip(results[0], other, strict=True):
@@ -128,11 +131,13 @@ def test_packed_weights_learn_a_regression(master, good):
     def loss():
         return (x @ ps["p0"].T - y).square().mean()
 
-    first = loss().item()
+    losses = []
     for _ in range(600):
-        loss().backward()
+        losses.append(loss())
+        losses[-1].backward()
         adamw.step(5e-3)
-    assert (loss().item() < 0.03 * first) is good
+    # 0.017 to 0.039 by the seed of the rounding; nearest stays above 0.1
+    assert (sum(x.item() for x in losses[-100:]) / 100 < 0.06 * losses[0].item()) is good
 
 
 def test_offload_keeps_state_on_the_host_and_gives_the_same_numbers():

@@ -22,10 +22,11 @@ class SweepTable(Callback):
         console = terminal()
         console.print()
         try:
-            runs = load_runs(folder)
+            runs = load_runs(folder).runs
         except UserError as e:
             console.print(str(e), markup=False)
             return
         print_runs(runs, console)
-        said = f"\n{write_summary(runs, folder)} holds this table; `fp4lab compare {folder}` prints it again."
+        said = f"\n{write_summary(runs, folder)} holds this table; `fp4lab compare {folder}` prints it again, "
+        said += "`fp4lab report` with the same folder makes report.html of it."
         console.print(said, markup=False, soft_wrap=True)

@@ -1,191 +1,173 @@
-"""Run folders as data frames, killed and unfinished runs included. Reads result.json and events.jsonl, nothing else."""
+"""Runs as tidy data frames, killed and unfinished ones included. Reads their event files, nothing else.
 
-import json
-import math
+Records of a kind become rows of a frame, with a `run` column (the folder's name) and the record's `t` (seconds since the
+run's start) and `wall` (UTC); columns and units are those of events.py. Numbers are float64 where a value may be unknown (NaN).
+"""
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp4lab.errors import UserError
-from fp4lab.events import decode
-from fp4lab.supervise.resume import RESULT
-from fp4lab.supervise.run import EVENTS
-from fp4lab.supervise.summary import Summary
+from fp4lab.analysis.records import read_events, read_result, run_folders
+from fp4lab.analysis.rows import RESULTS, RunRow, row
+from fp4lab.events import declared_types
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
-# Columns of load_runs that are results; the others are the options a run was given.
-RESULTS = (
-    "run",
-    "status",
-    "reason",
-    "first_loss",
-    "loss",
-    "trained",
-    "first_token",
-    "worst_kl",
-    "worst_pair",
-    "faults",
-    "codes_changed",
-    "updates_lost",
-    "turns",
-    "context_tokens",
-    "first_token_ms",
-    "ms_per_token",
-    "peak_mib",
-    "peak_of",
-    "slowest_phase",
-    "slowest_ms",
-    "last_phase",
-    "seconds",
-)
-_PATHS = "ABCR"  # the order of first-token paths in text
+_CHUNK = 20_000  # rows turned into a frame at once: bounds what Python's objects take
+_FRAMES = {  # frame: (kind of record, fields; None: all of the kind's)
+    "starts": ("start", None),
+    "phases": ("phase", None),
+    "samples": ("sample", None),
+    "losses": ("loss", None),
+    "diffs": ("first_token_diff", None),
+    "layers": ("layer_diff", None),
+    "turns": ("turn", None),
+    "guards": ("guard", None),
+    "files": ("file", None),
+}
+_OF_TOKEN = ("when", "prompt", "path", "activations", "hidden_nan", "hidden_inf", "logits_nan", "logits_inf")
+_OF_HEALTH = ("step", "code_changed", "update_lost", "update_kept", "max_update_over_lr")
+_STATES = ("w", "m", "v")
 
 
-def run_folders(folder: Path) -> list[Path]:
-    """The runs directly below `folder`, or `folder` itself, by job number. Raises UserError if there are none."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a sweep's folder or a run's, e.g. one below outputs/")
-    candidates = [folder, *(p for p in folder.iterdir() if p.is_dir())]
-    found = [p for p in candidates if (p / EVENTS).is_file() or (p / RESULT).is_file()]
-    if not found:
-        raise UserError(f"{folder}: no runs in it; expected {EVENTS} or {RESULT} there or in its direct subfolders")
-    return sorted(found, key=lambda p: (not p.name.isdigit(), int(p.name) if p.name.isdigit() else 0, p.name))
+@dataclass(frozen=True)
+class Frames:
+    """All that `load_runs` found. Every frame has its columns even if it is empty."""
+
+    runs: "pd.DataFrame"  # a row a run: the options it was given (text), then RESULTS
+    starts: "pd.DataFrame"  # the manifests
+    phases: "pd.DataFrame"
+    samples: "pd.DataFrame"
+    losses: "pd.DataFrame"
+    first_tokens: (
+        "pd.DataFrame"  # a row for each of the ten likeliest: rank (0 first), id, logit, text; rank -1: there are none
+    )
+    diffs: "pd.DataFrame"  # pairs of paths
+    layers: "pd.DataFrame"  # hidden states of pairs of paths
+    turns: "pd.DataFrame"
+    health: "pd.DataFrame"  # of weights and optimizer state; zero_scale_w, saturated_v, ...
+    guards: "pd.DataFrame"
+    files: "pd.DataFrame"
 
 
-def read_events(run: Path) -> list[dict[str, Any]]:
-    """The records of one run, in order; a last line cut off by a kill is left out."""
-    path = run / EVENTS
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if line.strip():
-            try:
-                records.append(decode(line))
-            except ValueError:
-                continue
-    return records
+def load_runs(folder: str | Path) -> Frames:
+    """The runs directly below `folder`, or `folder` itself, as frames.
 
-
-def read_result(run: Path) -> dict[str, Any]:
-    """result.json, or where there is none (whole) as much of it as the events tell, with status "unfinished"."""
-    try:
-        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
-        if isinstance(result, dict) and "status" in result:
-            return result
-    except (OSError, ValueError):
-        pass
-    summary, records = Summary(), read_events(run)
-    for record in records:
-        summary.add(record)
-    start = next((r for r in records if r["kind"] == "start"), {})
-    after = f" after {summary.phases[-1]}" if summary.phases else ""
-    return {
-        "status": "unfinished",
-        "reason": f"no {RESULT}: still running, or its supervisor was killed{after}",
-        "overrides": start.get("overrides", []),
-        "seconds": records[-1]["t"] if records else None,
-        **summary.result(),
-    }
-
-
-def load_runs(folder: str | Path) -> "pd.DataFrame":
-    """One row a run: its options as given (text), then RESULTS.
-
-    `loss` is the held-out loss where there was one, else the last training loss; `peak_mib` (2**20 bytes) the device's peak
-    where known, else the resident set's (`peak_of` says which); `worst_kl` is in nats, `faults` counts
-    pairs that are further apart than expected. An option that shares its name with a
-    result is called "option NAME". Latencies and `context_tokens` are those of the last turn of a conversation.
+    In `runs`: `loss` is the held-out loss where there was one, else the last training loss; `peak_mib` (2**20 bytes) the
+    device's peak where known, else the resident set's (`peak_of` says which); `limit_mib` the guard's limit; `worst_kl` is in
+    nats, `faults` counts pairs that are further apart than expected. An option that shares its name with a result is called
+    "option NAME". Latencies and `context_tokens` are those of the last turn of a conversation.
+    A run that was refused before it had records is a row made of its result.json.
     Raises UserError if there are no runs.
     """
     import pandas as pd
 
-    rows = [_row(run) for run in run_folders(Path(folder))]
-    options = dict.fromkeys(name for row in rows for name in row if name not in RESULTS)
-    return pd.DataFrame(rows, columns=["run", *options, *RESULTS[1:]])
+    tables = {name: _Table(kind, fields) for name, (kind, fields) in _FRAMES.items()}
+    tables["first_tokens"] = _Table(
+        "first_token", _OF_TOKEN, {"rank": "int", "id": "int", "logit": "float", "text": "str"}, _tops
+    )
+    extra = {f"{what}_{state}": "float" for what in ("zero_scale", "saturated") for state in _STATES}
+    tables["health"] = _Table("state_health", _OF_HEALTH, extra, _states)
+    by_kind = {table.kind: table for table in tables.values()}
+    rows = []
+    for run in run_folders(Path(folder)):
+        records = read_events(run)
+        summed = RunRow()
+        ended = any(r["kind"] == "end" and r["peaks"] for r in records[-1:])
+        for record in records:
+            kind = record["kind"]
+            if kind != "sample" or not ended:  # of samples only the peaks count, and the end has them
+                summed.add(record)
+            if kind in by_kind:
+                by_kind[kind].add(run.name, record)
+        refused = {} if records else read_result(run)
+        rows.append({"run": run.name, **(row(refused) if refused else summed.row())})
+    options = dict.fromkeys(name for r in rows for name in r if name not in RESULTS)
+    runs = pd.DataFrame(rows, columns=["run", *options, *RESULTS[1:]])
+    return Frames(runs=runs, **{name: table.frame() for name, table in tables.items()})
 
 
 def load_events(folder: str | Path, kind: str | None = None) -> "pd.DataFrame":
-    """All records of all runs (of one kind), one a row, with a `run` column. Raises UserError if there are no runs."""
+    """All records of all runs (of one kind, also of one that has no frame), with a `run` column. Raises UserError."""
     import pandas as pd
 
-    rows = [
-        {"run": run.name, **record}
-        for run in run_folders(Path(folder))
-        for record in read_events(run)
-        if kind is None or record["kind"] == kind
-    ]
-    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["run", "kind"])
+    every = ({"run": run.name, **r} for run in run_folders(Path(folder)) for r in read_events(run))
+    rows = [r for r in every if kind is None or r["kind"] == kind]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["run", "t", "wall", "kind", *declared_types(kind or "")])
 
 
-def _row(run: Path) -> dict[str, Any]:
-    r = read_result(run)
-    slowest, health, pairs = r.get("slowest_phase") or {}, r.get("state_health") or {}, r.get("first_token") or {}
-    kl, pair = _worst(pairs)
-    turn = (r.get("turns") or [{}])[-1]
-    memory, source = _peak(r)
-    return {
-        **_options(r.get("overrides") or []),
-        "run": run.name,
-        "status": r["status"],
-        "reason": r.get("reason") or "",
-        "first_loss": _number(r.get("first_loss")),
-        "loss": _number(r.get("loss")),
-        "trained": r.get("trained"),
-        "first_token": agreement(pairs),
-        "worst_kl": kl,
-        "worst_pair": pair,
-        "faults": sum(bool(d.get("fault")) for d in pairs.values()) if pairs else None,
-        "codes_changed": health.get("code_changed"),
-        "updates_lost": health.get("update_lost"),
-        "turns": len(r.get("turns") or []) or None,
-        **{k: _number(turn.get(k)) for k in ("context_tokens", "first_token_ms", "ms_per_token")},
-        "peak_mib": memory,
-        "peak_of": source,
-        "slowest_phase": slowest.get("name"),
-        "slowest_ms": slowest.get("ms"),
-        "last_phase": r.get("last_phase"),
-        "seconds": r.get("seconds"),
-    }
+class _Table:
+    """Records of one kind on their way to a frame.
 
+    `extra` are further columns with their types; `unfold(record)` gives their values, a tuple for each row of the record.
+    """
 
-def _options(overrides: list[str]) -> dict[str, str]:
-    options = dict(o.lstrip("+").split("=", 1) for o in overrides if "=" in o and not o.startswith("~"))
-    return {f"option {k}" if k in RESULTS else k: v for k, v in options.items()}
+    def __init__(
+        self,
+        kind: str,
+        fields: Iterable[str] | None,
+        extra: dict[str, str] | None = None,
+        unfold: Callable[[dict[str, Any]], Iterable[tuple]] | None = None,
+    ):
+        declared = {k: v for k, v in declared_types(kind).items() if k != "kind"}
+        self.kind, self._unfold = kind, unfold
+        self._types = {"run": "str", "t": "float", "wall": "str"}
+        self._types |= declared if fields is None else {name: declared[name] for name in fields}
+        self._get = operator.itemgetter(*list(self._types)[3:])
+        self._types |= extra or {}
+        self._rows: list[tuple] = []
+        self._frames: list[pd.DataFrame] = []
 
-
-def agreement(pairs: dict[str, dict[str, Any]]) -> str:
-    """Paths with the same first token joined by "=", groups that differ by "≠": "A=B=C", "A=C≠B"; "" without pairs."""
-    names = sorted({n for pair in pairs for n in pair.split("-")}, key=lambda n: (_PATHS + n).index(n))
-    same = {frozenset(pair.split("-")) for pair, d in pairs.items() if d.get("top1_equal")}
-    groups: list[list[str]] = []
-    for name in names:
-        group = next((g for g in groups if frozenset((g[0], name)) in same), None)
-        if group is None:
-            groups.append([name])
+    def add(self, run: str, record: dict[str, Any]) -> None:
+        values = (run, record.get("t"), record.get("wall"), *self._get(record))
+        if self._unfold is None:
+            self._rows.append(values)
         else:
-            group.append(name)
-    return "≠".join("=".join(g) for g in groups)
+            self._rows += [values + more for more in self._unfold(record)]
+        if len(self._rows) >= _CHUNK:
+            self._flush()
+
+    def frame(self) -> "pd.DataFrame":
+        import pandas as pd
+
+        if self._rows or not self._frames:
+            self._flush()
+        return self._frames[0] if len(self._frames) == 1 else pd.concat(self._frames, ignore_index=True)
+
+    def _flush(self) -> None:
+        import pandas as pd
+
+        columns = list(zip(*self._rows, strict=True)) or [()] * len(self._types)
+        named = zip(self._types.items(), columns, strict=True)
+        self._frames.append(pd.DataFrame({name: _column(declared, values) for (name, declared), values in named}))
+        self._rows = []
 
 
-def _worst(pairs: dict[str, dict[str, Any]]) -> tuple[float | None, str | None]:
-    """The largest KL and its pair; not-a-number is worse than any number."""
-    kls = [(kl, pair) for pair, d in pairs.items() if (kl := _number(d.get("kl"))) is not None]
-    return max(kls, key=lambda x: math.inf if math.isnan(x[0]) else x[0], default=(None, None))
+def _column(declared: str, values: tuple) -> "np.ndarray | pd.Series":
+    """Values as the type they are declared with; as they are where one of them is of another."""
+    import numpy as np
+    import pandas as pd
+
+    unknown = None in values
+    dtype = {"float": "float64", "int": "float64" if unknown else "int64", "bool": "object" if unknown else "bool"}.get(
+        declared.split(" ")[0]
+    )
+    try:
+        if dtype is not None:
+            return np.array(values, dtype=dtype)
+        return pd.Series(values, dtype="object" if "[" in declared or not values else None)
+    except (TypeError, ValueError, OverflowError):
+        return pd.Series(values, dtype="object")
 
 
-def _peak(result: dict[str, Any]) -> tuple[float | None, str | None]:
-    """The peak that matters: what torch allocated on a device, the device's own count, or the resident set."""
-    peaks = result.get("peaks") or {}
-    for name, source in (("torch_peak_mib", "allocated"), ("pid_mem_mib", "device")):
-        if peaks.get(name) is not None:
-            return peaks[name], source
-    # Phases, the supervisor's looks and the kernel's account at exit each see what the others miss.
-    resident = [peaks.get("proc_peak_rss_mib"), peaks.get("proc_rss_mib"), result.get("max_rss_mib")]
-    known = [x for x in resident if x is not None]
-    return (max(known), "resident") if known else (None, None)
+def _tops(record: dict[str, Any]) -> list[tuple]:
+    return [(rank, *top) for rank, top in enumerate(record["top10"])] or [(-1, -1, None, "")]
 
 
-def _number(x: Any) -> float | None:
-    return None if x is None else float(x)  # "nan" and "inf" too
+def _states(record: dict[str, Any]) -> list[tuple]:
+    return [tuple(record[what].get(state) for what in ("zero_scale", "saturated") for state in _STATES)]

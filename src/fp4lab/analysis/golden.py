@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4lab.analysis.frames import read_events, read_result, run_folders
+from fp4lab.analysis.records import read_events, run_folders
 from fp4lab.errors import UserError
 
 _TOKEN = ("prompt", "path", "prompt_ids", "top10", "layer_rms")
@@ -24,7 +24,7 @@ def observed(folder: Path) -> dict[str, Any]:
     pairs = [r for r in records if r["kind"] == "first_token_diff" and r["when"] == "before"]
     if not tokens or not pairs:
         raise UserError(f"{folder}: no first tokens of two paths in it; expected a finished run of task=compare")
-    files = [f for f in read_result(runs[0]).get("files") or [] if f["role"] == "weights"]
+    files = [r for r in records if r["kind"] == "file" and r["role"] == "weights"]
     return {
         "schema": 1,
         "weights": [f["sha256"] for f in files],

@@ -1,23 +1,10 @@
-"""Paths side by side: the tables and the picture of task=compare runs."""
+"""Paths side by side: the tables of task=compare runs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fp4lab.analysis.frames import read_events, run_folders
+from fp4lab.analysis.records import read_events, run_folders
 from fp4lab.analysis.table import terminal
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-_LINES = {  # colour, dashes, marker: pairs often lie on each other, so the later ones leave gaps
-    "A-B": ("#1f5fa8", "-", "o"),
-    "A-C": ("#7fa8d6", "--", "s"),
-    "B-C": ("#2e7d32", ":", "^"),
-    "A-R": ("#c62828", "-", "o"),
-    "B-R": ("#e08a2e", "--", "s"),
-    "C-R": ("#8e5ea2", ":", "^"),
-}
 
 
 def print_paths(folder: Path) -> None:
@@ -117,35 +104,6 @@ def print_differences(found: list[tuple[str, str, str, str, str]]) -> None:
     for row in found:
         table.add_row(*map(escape, row))
     console.print(table)
-
-
-def draw_layers(axes: "Axes", records: "pd.DataFrame", title: str) -> None:
-    """Relative error of the hidden states by layer, a line a pair, the worst prompt; pairs that are equal are left out.
-
-    A short line at the right is what is expected of the pair at most.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    drawn, last = 0, int(records["layer"].max())
-    for pair, rows in records.groupby("pair"):
-        worst = rows.groupby("layer")["relative_error"].max().astype(float)
-        if (worst > 0).any():
-            colour, dashes, marker = _LINES[str(pair)]
-            axes.plot(worst.index, worst, dashes, marker=marker, markersize=3.5, color=colour, label=str(pair))
-            expected = float(rows["expected"].max())
-            axes.plot([last + 0.3, last + 0.8], [expected] * 2, color=colour, linewidth=2.5, solid_capstyle="butt")
-            drawn += 1
-    axes.set_title(title, fontsize=8, loc="left")
-    axes.set_xlabel("layer; at the right: expected at most" if drawn else "layer", fontsize=7)
-    axes.set_xlim(-0.3, last + 0.9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
-    if drawn:
-        axes.set_yscale("log")
-        axes.legend(fontsize=7, frameon=False)
-    else:
-        axes.text(0.5, 0.5, "all pairs equal", transform=axes.transAxes, ha="center", fontsize=8, color="0.4")
 
 
 def _table(title: str) -> Any:

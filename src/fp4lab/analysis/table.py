@@ -1,12 +1,13 @@
 """Runs side by side: the table at the end of a sweep, and summary.csv."""
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp4lab.analysis.frames import RESULTS
+from fp4lab.analysis.against import EXACT, Difference
+from fp4lab.analysis.rows import RESULTS
+from fp4lab.analysis.select import missing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,6 +24,9 @@ _SPARE = (
     "trained",
 )  # left out of narrow tables, first to go first
 _ALWAYS = ("status", "loss", "peak\nMiB", "s")  # of other columns only those that some run has a value for
+_BEST, _WORST = "*", "!"  # after the lowest and the highest of a column where less is better
+_RANKED = ("loss", "worst\nKL", "1st token\nms", "a token\nms", "peak\nMiB", "s")
+_WELL = ("completed", "stopped")
 _COLOURS = {"completed": "green", "stopped": "green", "unfinished": "yellow", "interrupted": "yellow"}
 
 
@@ -36,8 +40,8 @@ def options(runs: "pd.DataFrame") -> tuple[list[str], dict[str, str]]:
 def sweep_table(runs: "pd.DataFrame", width: int = PIPE_WIDTH) -> "Table":
     """What was swept, then status, loss, first-token agreement, peak memory, slowest phase, time; for `width` columns.
 
-    `runs` is from load_runs. Options that all runs share are in the caption. What does not fit is left out, in the order of
-    _SPARE; summary.csv has it still.
+    `runs` is that of load_runs. Options that all runs share are in the caption. What does not fit is left out, in the order of
+    _SPARE; summary.csv has it still. Of runs that ended well the best and the worst are marked.
     """
     from rich.console import Console
     from rich.measure import Measurement
@@ -55,21 +59,48 @@ def _table(runs: "pd.DataFrame", without: frozenset[str]) -> "Table":
     from rich.table import Table
 
     swept, shared = options(runs)
-    caption = "all runs: " + " ".join(f"{k}={v}" for k, v in shared.items()) if shared else None
-    table = Table(box=None, pad_edge=False, header_style="bold", caption=caption and escape(caption), caption_justify="left")
+    rows = runs.to_dict("records")
+    kept = [c for c in _columns("first loss" not in without) if c[0] not in without]
+    kept = [c for c in kept if c[0] in _ALWAYS or any(c[2](row) for row in rows)]
+    marks = {header: _marks(header, rows) for header, _, _ in kept}
+    caption = ["all runs: " + " ".join(f"{k}={v}" for k, v in shared.items())] if shared else []
+    caption += [f"{_BEST} best, {_WORST} worst of the column"] if any(marks.values()) else []
+    table = Table(
+        box=None, pad_edge=False, header_style="bold", caption=escape("\n".join(caption)) or None, caption_justify="left"
+    )
     table.add_column("run", justify="right", no_wrap=True)
     for name in swept:
         header = _short(name, swept) if "long names" in without else name
         table.add_column(escape(header), justify="right", overflow="fold")
-    rows = runs.to_dict("records")
-    kept = [c for c in _columns("first loss" not in without) if c[0] not in without]
-    kept = [c for c in kept if c[0] in _ALWAYS or any(c[2](row) for row in rows)]
     for header, justify, _ in kept:
         table.add_column(header, justify=justify, no_wrap=True)
-    for row in rows:
-        given = ("" if _missing(row[c]) else escape(str(row[c])) for c in swept)
-        table.add_row(str(row["run"]), *given, *(cell(row) for _, _, cell in kept))
+    for at, row in enumerate(rows):
+        given = ("" if missing(row[c]) else escape(str(row[c])) for c in swept)
+        cells = (_marked(cell(row), marks[header].get(at), bool(marks[header])) for header, _, cell in kept)
+        table.add_row(str(row["run"]), *given, *cells)
     return table
+
+
+def _marks(header: str, rows: list[dict[str, Any]]) -> dict[int, str]:
+    """Row number: mark. Values that look the same in the table are the same."""
+    if header not in _RANKED:
+        return {}
+    cell = next(c[2] for c in _columns(False) if c[0] == header)
+    value = {"loss": "loss", "worst\nKL": "worst_kl", "1st token\nms": "first_token_ms", "a token\nms": "ms_per_token"}
+    name = value.get(header, "peak_mib" if header == "peak\nMiB" else "seconds")
+    known = {at: row for at, row in enumerate(rows) if row["status"] in _WELL and not missing(row[name])}
+    if len(known) < 2:
+        return {}
+    low, high = (cell(pick(known.values(), key=lambda r: r[name])) for pick in (min, max))
+    if low == high:
+        return {}
+    return {at: mark for at, row in known.items() if (mark := {low: _BEST, high: _WORST}.get(cell(row)))}
+
+
+def _marked(text: str, mark: str | None, ranked: bool) -> str:
+    if mark is None:
+        return text + " " if ranked and text else text
+    return f"[{'bold' if mark == _BEST else 'dim'}]{text}[/]{mark}"
 
 
 def _columns(first_loss: bool) -> list[tuple[str, Any, Callable[[dict[str, Any]], str]]]:
@@ -77,7 +108,7 @@ def _columns(first_loss: bool) -> list[tuple[str, Any, Callable[[dict[str, Any]]
     return [
         ("status", "left", lambda r: f"[{_COLOURS.get(r['status'], 'red')}]{r['status']}[/]"),
         ("loss", "right", lambda r: _loss(r, first_loss)),
-        ("trained", "left", lambda r: "" if _missing(r["trained"]) else "yes" if r["trained"] else "no"),
+        ("trained", "left", lambda r: "" if missing(r["trained"]) else "yes" if r["trained"] else "no"),
         ("first\ntoken", "left", _agreement),
         ("worst\nKL", "right", _kl),
         ("codes\nmoved", "right", lambda r: _shown(r["codes_changed"], ".1%")),
@@ -88,6 +119,28 @@ def _columns(first_loss: bool) -> list[tuple[str, Any, Callable[[dict[str, Any]]
         ("slowest phase", "left", _phase),
         ("s", "right", lambda r: _shown(r["seconds"], ".1f")),
     ]
+
+
+def html_rows(runs: "pd.DataFrame") -> tuple[list[str], list[list[str | tuple[str, str]]], frozenset[int]]:
+    """The same table for a page: header, rows of cells (text, or text and a CSS class), columns that are numbers."""
+    from rich.text import Text
+
+    swept, _ = options(runs)
+    rows = runs.to_dict("records")
+    kept = [c for c in _columns(True) if c[0] in _ALWAYS or any(c[2](row) for row in rows)]
+    marks = {header: _marks(header, rows) for header, _, _ in kept}
+    names = {_BEST: " best", _WORST: " worst"}
+    said: list[list[str | tuple[str, str]]] = []
+    for at, row in enumerate(rows):
+        cells: list[str | tuple[str, str]] = [str(row["run"]), *("" if missing(row[c]) else str(row[c]) for c in swept)]
+        for name, _, cell in kept:
+            mark, text = marks[name].get(at, ""), Text.from_markup(cell(row)).plain
+            css = "good" if mark == _BEST else "ended" if name == "status" and row["status"] not in _WELL else ""
+            cells.append((text + names.get(mark, ""), css))
+        said.append([*cells, row["last_phase"] or ""])
+    header = ["run", *swept, *(c[0].replace("\n", " ") for c in kept), "last phase"]
+    ranked = {1 + len(swept) + i for i, c in enumerate(kept) if c[1] == "right"}
+    return header, said, frozenset({0, *range(1, 1 + len(swept)), *ranked})
 
 
 def print_runs(runs: "pd.DataFrame", console: "Console | None" = None) -> None:
@@ -110,15 +163,22 @@ def terminal() -> "Console":
 
 
 def write_summary(runs: "pd.DataFrame", folder: Path) -> Path:
-    """`folder`/summary.csv: every column of load_runs at full precision. Returns its path."""
+    """`folder`/summary.csv: every column of load_runs(...).runs at full precision. Returns its path."""
     path = Path(folder) / SUMMARY
     runs.to_csv(path, index=False)
     return path
 
 
 def reasons(runs: "pd.DataFrame") -> list[str]:
-    """One line for each run that has something to explain: "run 3: oom: ..."."""
-    return [f"run {r['run']}: {r['status']}: {_first_line(r['reason'])}" for r in runs.to_dict("records") if r["reason"]]
+    """One line for each run that has something to explain: "run 3: oom after model_loaded: ..."."""
+    return [
+        f"run {r['run']}: {r['status']}{_after(r)}: {_first_line(r['reason'])}" for r in runs.to_dict("records") if r["reason"]
+    ]
+
+
+def _after(row: dict[str, Any]) -> str:
+    told = missing(row["last_phase"]) or row["status"] in _WELL or row["last_phase"] in row["reason"]
+    return "" if told else f" after {row['last_phase']}"
 
 
 def _short(name: str, names: list[str]) -> str:
@@ -134,17 +194,17 @@ def _loss(row: dict[str, Any], with_first: bool) -> str:
 
 
 def _agreement(row: dict[str, Any]) -> str:
-    return row["first_token"] + (" [bold red]FAULT[/]" if not _missing(row["faults"]) and row["faults"] else "")
+    return row["first_token"] + (" [bold red]FAULT[/]" if not missing(row["faults"]) and row["faults"] else "")
 
 
 def _kl(row: dict[str, Any]) -> str:
-    if row["worst_kl"] is None or row["worst_pair"] is None or _missing(row["worst_pair"]):
+    if row["worst_kl"] is None or row["worst_pair"] is None or missing(row["worst_pair"]):
         return ""
     return "0" if row["worst_kl"] == 0 else f"{row['worst_kl']:.0e} {row['worst_pair']}"
 
 
 def _phase(row: dict[str, Any]) -> str:
-    if _missing(row["slowest_phase"]):
+    if missing(row["slowest_phase"]):
         return ""
     ms, name = row["slowest_ms"], row["slowest_phase"].removesuffix("_done")
     return f"{name} {ms / 1000:.1f} s" if ms >= 1000 else f"{name} {ms:.0f} ms"
@@ -154,9 +214,30 @@ def _first_line(text: str) -> str:
     return text.strip().split("\n")[0]
 
 
-def _missing(x: Any) -> bool:
-    return x is None or (isinstance(x, float) and math.isnan(x))
-
-
 def _shown(x: Any, spec: str) -> str:
-    return "" if _missing(x) else format(x, spec)
+    return "" if missing(x) else format(x, spec)
+
+
+def print_against(count: int, found: list[Difference], fixed: dict[str, tuple[str, str]], tolerance: dict[str, float]) -> None:
+    """What compare_sweeps found, and what the sweeps differ in as a whole (`fixed`: option -> (was, now))."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = terminal()
+    for name, (was, now) in fixed.items():
+        console.print(f"{name}: {was or 'not given'} → {now or 'not given'}", markup=False)
+    allowed = ", ".join([*EXACT, *(f"{k} within {v:.3g}" for k, v in tolerance.items())])
+    if found:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for header, justify in (("run", "right"), ("options", "left"), ("what", "left"), ("was", "right"), ("now", "right")):
+            table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        table.add_column("change", justify="right")
+        for d in found:
+            change = "" if d.change is None else f"{d.change:+.2%}"
+            table.add_row(d.run, escape(d.options), d.what, _value(d.was), _value(d.now), change)
+        console.print(table)
+    console.print(f"{count} runs compared ({allowed}); differences: {len(found)}", markup=False, soft_wrap=True)
+
+
+def _value(x: Any) -> str:
+    return "unknown" if missing(x) else f"{x:.6g}" if isinstance(x, float) else str(x)

@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp4lab.model import kernels
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x * rsqrt(mean(x^2) + eps) * weight, the mean in fp32, result in x's dtype (as Qwen3 in transformers)."""
+    if kernels.take(x):
+        return kernels.RmsNorm.apply(x, weight, eps)
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return wide.to(x.dtype) * weight.to(x.dtype)
@@ -31,8 +35,15 @@ class Rope:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B, heads, T, D] turned by its position."""
+    if kernels.take(x):
+        return kernels.Rotate.apply(x, cos, sin)
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return kernels.SiluMul.apply(gate, up) if kernels.take(gate) else F.silu(gate) * up
 
 
 class KVCache:
@@ -80,10 +91,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, offset_mask: bool = True) -> Tensor:
     """
     t, s = q.shape[2], k.shape[2]
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # expanded here rather than by enable_gqa, which has no fast CPU kernel
+    grouped = groups > 1 and q.device.type == "cuda" and t == s
+    if groups > 1 and not grouped:  # expanded here rather than by enable_gqa, which has no fast CPU kernel
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if t == s:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=t > 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=t > 1, enable_gqa=grouped)
     mask = None  # one new token sees everything
     if t > 1 and offset_mask:  # an offset prefill: is_causal would align the triangle to the wrong corner (reference 0.4)
         mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(diagonal=s - t)

@@ -139,7 +139,7 @@ class _Consumed(torch.autograd.Function):
 
 
 class ConsumingLinear(nn.Module):
-    """B without a float master: the packed weight is the only one.
+    """B without a float parameter: the packed weight is all that it reads; a master, if any, is the optimizer's.
 
     Forward and backward dequantise it for one product each. The gradient of the dequantised weight, [out, in] in the compute
     dtype, goes to `consume` the moment it exists, after the input's gradient, and is never kept.

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fp4lab.model.config import EMBEDDING, FINAL_NORM, Qwen3Config
-from fp4lab.model.layers import KVCache, Rope, attend, rms_norm, rotate
+from fp4lab.model.layers import KVCache, Rope, attend, rms_norm, rotate, silu_mul
 from fp4lab.model.linears import lookup
 from fp4lab.nvfp4 import PackedTensor
 
@@ -60,7 +59,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -72,9 +71,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(raw[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
         self.mlp = MLP(layer, make)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, again: bool = False) -> Tensor:
+        """`again`: the MLP, with its three wide activations, is computed again in the backward; attention is not."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + (checkpoint(self._mlp, x, use_reentrant=False) if again else self._mlp(x))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.mlp(self.post_attention_layernorm(x))
 
 
 class Embedding(nn.Module):
@@ -110,7 +113,7 @@ class Qwen3(nn.Module):
         self.model = Decoder(config, make_linear, raw, dtype)
         self.lm_head = make_linear("lm_head.weight")
         self.rope = Rope(config.head_dim, config.rope_theta, raw[FINAL_NORM].device)
-        self.recompute = False  # a block keeps its input alone and is computed again in the backward
+        self.recompute = "none"  # block: keeps its input alone and is computed again in the backward; selective: its MLP is
 
     def hidden(
         self, ids: Tensor, cache: KVCache | None = None, trace: list[Tensor] | None = None, final_norm: bool = True
@@ -123,10 +126,10 @@ class Qwen3(nn.Module):
         x = self.model.embed_tokens(ids)
         cos, sin = self.rope.table(cache.length if cache else 0, ids.shape[1], self.dtype)
         for block in self.model.layers:
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute == "block" and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache)
+                x = block(x, cos, sin, cache, self.recompute == "selective" and torch.is_grad_enabled())
             if trace is not None:
                 trace.append(x)
         if cache is not None:

@@ -64,7 +64,7 @@ def encode_e2m1(y: Tensor, rounding: str = "even", noise: Tensor | None = None) 
         if noise is None:
             raise ValueError("stochastic rounding needs noise")
         position = torch.minimum(torch.minimum(a * 2, a + 2), a * 0.5 + 4)
-        code = (position + noise).floor()
+        code = (position + (1 + noise)).floor() - 1  # the sum of the two as the kernel makes it
     else:
         raise ValueError(f"rounding {rounding!r}: expected even, away or stochastic")
     sign = torch.signbit(y) if rounding != "away" else y < 0
@@ -190,13 +190,17 @@ def _encode(x: Tensor, rule: str, g: Tensor | None, noise: Tensor | None) -> tup
         y = wide / (scale.float() / g).unsqueeze(-1)
         return nibbles(encode_e2m1(y)), scale
     if g is not None:
-        wanted = wanted / g
+        wanted = torch.where(g > 0, wanted / g, 0.0)  # g = 0 says that all is 0
     least = E4M3_NORMAL if rule == "torchao" else E4M3_TINY
     scale = encode_e4m3(wanted.clamp(min=least))
     if rule == "stochastic":
         scale = _not_below(scale, wanted)
     total = scale.float() if g is None else scale.float() * g
-    y = wide / total.unsqueeze(-1)
+    if rule == "torchao":
+        y = wide / total.unsqueeze(-1)
+    else:  # one division a block; where the inverse would be infinite, values are as good as 0
+        inverse = torch.where(total > 0, 1 / total, 0.0).clamp(max=torch.finfo(torch.float32).max)
+        y = wide * inverse.unsqueeze(-1)
     if rule == "stochastic":
         assert noise is not None
         return nibbles(encode_e2m1(y, "stochastic", noise.view_as(y))), scale

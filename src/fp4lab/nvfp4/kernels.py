@@ -1,4 +1,4 @@
-"""Triton kernels of the number format. The only file that knows Triton exists; `codec` is the definition they are held to.
+"""Triton kernels of the number format, held to `codec`. The only file that imports Triton; others take it from here.
 
 Bit-equal to the codec on the GPU (tests/gpu/test_kernels.py). Decoding moves bits: the three bits of an E2M1 magnitude become
 exponent and mantissa of an fp32 number (subnormal for code 1, which the multiplication by 2^126 makes 0.5 exactly).
@@ -65,6 +65,61 @@ if triton is not None:
         size = tl.where((bits & 0x7F) == 0x7F, float("nan"), size)
         signed = size.to(tl.int32, bitcast=True) | ((bits & 0x80) << 24)  # -0.0 keeps its sign
         return signed.to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def positive_scale(byte):
+        """E4M3 bytes 0..0x7E as int32 -> fp32."""
+        normal = ((byte << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+        return tl.where(byte < 8, byte.to(tl.float32) * 0.001953125, normal)
+
+    @triton.jit
+    def floor_scale(x):
+        """The byte, as int32, of the largest E4M3 number that is at most x >= 0; beyond 448 it is no E4M3 byte."""
+        return tl.where(x < 0.015625, (x * 512.0).to(tl.int32), (x.to(tl.int32, bitcast=True) >> 20) - (120 << 3))
+
+    @triton.jit
+    def decode_tiny(word, lane):
+        """Words [N] of eight codes -> [N, 8] fp32, 2^-126 of their values; lane = 0..7."""
+        top = word[:, None] << (28 - 4 * lane)[None, :]  # the shift that keeps the sign takes the magnitude to 22..24
+        return ((top >> 6) & -2118123520).to(tl.float32, bitcast=True)  # 0x81C00000
+
+    @triton.jit
+    def decode_tiny_positive(word, lane):
+        """The same without a sign, a code 0 as a quarter: the codes of sqrt(v) (`train.state`)."""
+        code = word[:, None] >> (4 * lane)[None, :]
+        return tl.maximum((code << 22) & 0x01C00000, 0x00200000).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def _keep(a, b):
+        return a
+
+    @triton.jit
+    def join(t):
+        """The low four bits of t [N, 8] -> words [N]. A funnel shift puts each nibble on top of those before it."""
+        word = tl.inline_asm_elementwise(
+            """{ .reg .b32 a;
+            shf.r.wrap.b32 a, $8, $8, 4; shf.r.wrap.b32 a, a, $9, 4; shf.r.wrap.b32 a, a, $10, 4; shf.r.wrap.b32 a, a, $11, 4;
+            shf.r.wrap.b32 a, a, $12, 4; shf.r.wrap.b32 a, a, $13, 4; shf.r.wrap.b32 a, a, $14, 4; shf.r.wrap.b32 $0, a, $15, 4;
+            mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; mov.b32 $4, 0; mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0; }""",
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r",
+            [t],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=8,
+        )
+        return tl.reduce(word, 1, _keep)  # the other seven are 0, and nothing is read of them
+
+    @triton.jit
+    def join_signed(t, x):
+        """Codes in the low four bits of t and the signs of x, fp32, both [N, 8] -> words [N]."""
+        return join(t | ((x.to(tl.int32, bitcast=True) >> 28) & 8))
+
+    @triton.jit
+    def mix(x):
+        """`train.noise.mix` of uint32."""
+        x = (x ^ (x >> 16)) * 0x7FEB352D
+        x = (x ^ (x >> 15)) * 0x846CA68B
+        return x ^ (x >> 16)
 
     @triton.jit
     def _unpack(codes, scales, second, out, words, row_words, LEVELS: tl.constexpr, DIVIDE: tl.constexpr, WORDS: tl.constexpr):

@@ -4,10 +4,10 @@ Packing anew would take new block scales from new maxima, and a scale that moves
 block again: noise far above a small update. Here the old scale stays unless the block outgrows it. Then scale and largest
 value move together, with the probability that makes every value right on average:
 
-lo, hi    the E4M3 neighbours around amax / 6; hi is taken with p = (amax / 6 - lo) / (hi - lo)
-lo taken  what lies above 6 lo becomes 6 lo
-hi taken  a value x above 6 lo becomes 6 hi with (x / 6 - lo) / (hi - lo) / p, else it is 6 lo rounded on hi's grid
-          so E[x] = x in either case; the largest goes to 6 hi for sure
+lo, hi    the E4M3 neighbours around amax / 6; t = 6 (lo + u (hi - lo)), u the block's own noise
+size > t  such values become 6 hi, and the block's scale hi if there are any: a value above 6 lo does with the probability of
+          its excess, the largest with the probability that the scale moves
+else      what lies above 6 lo is 6 lo; so E[x] = x in every case
 halving   a block whose largest value is at most 3 scales is held by half the scale exactly
 
 A row's second-level scale doubles when a block outgrows 448 (its block scales halve, exactly unless they are below 2^-5). A
@@ -20,12 +20,13 @@ from torch import Tensor
 from fp4lab.nvfp4.codec import E2M1_MAX, E4M3_MAX, encode_e2m1, encode_e4m3, nibbles
 from fp4lab.nvfp4.packed import BLOCK, PackedTensor
 
-_TOP, _HALF = 0x7E, 8  # byte of 448; one exponent step in bytes
+_TOP, _NAN, _HALF = 0x7E, 0x7F, 8  # bytes of 448 and NaN; one exponent step
 _EXACT_HALF = 2 * _HALF  # normal numbers from here on stay normal when halved
 
 
 def update_stochastic(x: Tensor, old: PackedTensor, noise: Tensor, block_noise: Tensor) -> PackedTensor:
-    """x, fp32 [rows, cols], stored where `old` was. New tensors; `old` is not written.
+    """x, fp32 [rows, cols], stored where `old` was. New tensors; `old` is not written. A block with a NaN or an infinity gets
+    the scale NaN.
 
     noise        uniform in [0, 1), [rows, padded cols]
     block_noise  uniform in [0, 1), [rows, padded cols / 16]
@@ -36,28 +37,22 @@ def update_stochastic(x: Tensor, old: PackedTensor, noise: Tensor, block_noise: 
     blocks = x.view(rows, -1, BLOCK)
     byte = old.block_scale.view(torch.uint8)
     second, byte = _make_room(blocks, byte, old)
-    y = blocks if second is None else blocks * second.unsqueeze(-1) if old.divide else blocks / second.unsqueeze(-1)
+    unit = 1.0 if second is None else second.unsqueeze(-1) if old.divide else 1 / second.unsqueeze(-1)
+    y = blocks * unit
     size = y.abs()
-    wanted = size.amax(dim=-1) / E2M1_MAX
-    scale = _value(byte)
-    byte = torch.where((wanted <= scale / 2) & (byte >= _EXACT_HALF), byte - _HALF, byte)
-    scale = _value(byte)
-    grows = wanted > scale
+    amax = size.amax(dim=-1)
+    wanted = amax / E2M1_MAX
+    byte = torch.where((wanted <= _value(byte) / 2) & (byte >= _EXACT_HALF), byte - _HALF, byte)
+    grows = wanted > _value(byte)
     low = torch.where(grows, _floor(wanted), byte)
     lo, hi = _value(low), _value((low + 1).clamp(max=_TOP))
-    p = torch.where(grows, ((wanted - lo) / (hi - lo).clamp(min=2.0**-9)).clamp(0, 1), 0.0)
-    up = block_noise < p
-    new_byte = torch.where(up, low + 1, low).clamp(max=_TOP)
-    new_scale = _value(new_byte).unsqueeze(-1)
-    # values above 6 lo decide between 6 lo and 6 hi with what is left of the block's own decision
-    above = ((size / E2M1_MAX - lo.unsqueeze(-1)) / (hi - lo).clamp(min=2.0**-9).unsqueeze(-1)).clamp(0, 1)
-    share = torch.where(up.unsqueeze(-1), above / p.clamp(min=1e-30).unsqueeze(-1), 0.0).clamp(max=1)
-    u = noise.view_as(y)
-    to_top = u < share
-    u = torch.where(to_top, 0.0, (u - share) / (1 - share).clamp(min=2.0**-24)).clamp(0, 1 - 2.0**-24)
-    size = torch.where(to_top, E2M1_MAX * new_scale, torch.minimum(size, E2M1_MAX * lo.unsqueeze(-1)))
-    units = torch.where(new_scale > 0, size / new_scale, 0.0)
-    codes = encode_e2m1(torch.copysign(units, y), "stochastic", u)
+    limit = torch.where(grows, E2M1_MAX * (lo + block_noise * (hi - lo)), torch.inf)
+    new_byte = torch.where(amax > limit, (low + 1).clamp(max=_TOP), low)
+    inverse = torch.where(new_byte > 0, 1 / _value(new_byte), 0.0).unsqueeze(-1)
+    units = torch.minimum(size, (E2M1_MAX * lo).unsqueeze(-1)) * inverse
+    codes = encode_e2m1(torch.copysign(units, y), "stochastic", noise.view_as(y))
+    codes = torch.where(size > limit.unsqueeze(-1), codes | 7, codes)
+    new_byte = torch.where(amax.isfinite(), new_byte, _NAN)  # codes have no NaN, and the comparisons would make it a plain 0
     return PackedTensor(
         nibbles(codes), new_byte.view(torch.float8_e4m3fn), _shaped(second, old), (rows, old.shape[-1]), old.divide
     )

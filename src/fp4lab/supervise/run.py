@@ -14,7 +14,7 @@ from fp4lab.supervise.client import Exit, ServerDied, WorkerServer, server
 from fp4lab.supervise.evidence import OomCounts
 from fp4lab.supervise.guard import Limits
 from fp4lab.supervise.ledger import Ledger
-from fp4lab.supervise.manifest import manifest
+from fp4lab.supervise.manifest import manifest, run_id
 from fp4lab.supervise.sentinel import Sentinel
 from fp4lab.supervise.summary import peak
 from fp4lab.telemetry.reader import MemoryReader
@@ -60,7 +60,7 @@ def watch(
     ledger: Ledger, servers: Callable[[], WorkerServer], launch: Launch, choices: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """The life of one process that `launch` starts; see `supervise`."""
-    run = _Run(ledger)
+    run = _Run(ledger, choices or {})
     interruption: KeyboardInterrupt | None = None
     try:
         with _interruptible():
@@ -74,7 +74,7 @@ def watch(
         run.abandon()
     except ServerDied as e:
         run.abandon(str(e))
-    result = run.finish(choices)
+    result = run.finish()
     if interruption is not None:
         raise interruption
     return result
@@ -83,8 +83,8 @@ def watch(
 class _Run:
     """The state of one run in the supervisor."""
 
-    def __init__(self, ledger: Ledger):
-        self.ledger = ledger
+    def __init__(self, ledger: Ledger, choices: dict[str, str]):
+        self.ledger, self.choices = ledger, choices
         self.limits = Limits.of(ledger.config["guard"])
         self.oom = OomCounts.now()
         self.ended: tuple[str, str] | None = None  # status and reason, where the supervisor decided
@@ -100,7 +100,17 @@ class _Run:
         config, ledger = self.ledger.config, self.ledger
         reader = MemoryReader()
         before = reader.read([])
-        ledger.emit(Start(task=config["task"]["name"], overrides=ledger.overrides, **manifest()))
+        ledger.emit(
+            Start(
+                run_id=run_id(),
+                task=config["task"]["name"],
+                overrides=ledger.overrides,
+                choices=self.choices,
+                config=config,
+                devices=reader.devices(),
+                **manifest(),
+            )
+        )
         findings = [f for f in doctor.quick(config["guard"], ledger.out_dir, reader) if f.level != "ok"]
         for finding in findings:
             ledger.note(finding.topic, finding.text)
@@ -193,7 +203,7 @@ class _Run:
             return "failed", f"the worker exited with code {self.exit.code}" + (f"; {tail}" if tail else "")
         return "completed", ""
 
-    def finish(self, choices: dict[str, str] | None) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         last = report = None
         if self.sentinel is not None:
             self.sentinel.stop()
@@ -209,12 +219,13 @@ class _Run:
             self.entry.leave()
         status, reason = self.verdict(last)
         ended = self.exit or Exit(None, None, None)
+        peak(self.ledger.summary.peaks, {"proc_peak_rss_mib": ended.max_rss_mib})  # the kernel's account sees what looks miss
         return self.ledger.close(
             status,
             reason,
             exit_code=ended.code,
             signal=ended.signal,
-            choices=choices,
+            choices=self.choices,
             max_rss_mib=ended.max_rss_mib,
             guard=report,
             last_reading=None if last is None else vars(last),

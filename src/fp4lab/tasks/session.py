@@ -232,20 +232,21 @@ def _model(s: Session, emit: Emit, trains: bool) -> Qwen3 | Bridge:
         if s.backend == "dense":
             return reference_model(s.store, s.dtype) or dense_model(s.store, s.dtype)
         return fp2_model(s.store, s.dtype, None, s.activations, eval_cache, s.quirks)
-    if s.backend == "fp2" and s.config["step"]["name"] == "fused":
-        s.store.dense = None
-        return _recomputing(fused_model(s.store, s.dtype, s.activations), s.config)
     master = s.config["step"]["master"]
+    if s.backend == "fp2" and s.config["step"]["name"] == "fused":
+        if master in ("packed", "packed_stochastic"):  # others start from the unquantised weights
+            s.store.dense = None
+        return _recomputing(fused_model(s.store, s.dtype, s.activations), s.config)
     if s.config["step"]["name"] == "dense":
         master = "fp32"
-    master_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(master, s.dtype)
+    master_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16_stochastic": torch.bfloat16}.get(master, s.dtype)
     if s.backend == "dense":
         return _recomputing(dense_model(s.store, s.dtype, master_dtype), s.config)
     return _recomputing(fp2_model(s.store, s.dtype, master_dtype, s.activations, eval_cache, s.quirks), s.config)
 
 
 def _recomputing(model: Qwen3, config: dict[str, Any]) -> Qwen3:
-    model.recompute = config["recompute"] == "block"
+    model.recompute = config["recompute"]
     return model
 
 

@@ -22,6 +22,8 @@ from fp4lab.train.adamw import AdamWOptions, ChunkedAdamW
 from fp4lab.train.batches import Batch, batches
 from fp4lab.train.data import load_samples, ordered
 from fp4lab.train.fused import FusedAdamW
+from fp4lab.train.graph import GraphedStep
+from fp4lab.train.joined import JoinedAdamW
 from fp4lab.train.loss import LOSSES, evaluate
 
 
@@ -69,37 +71,55 @@ def _train(session: Session, optimizer: "Optimizer", samples: list[Batch], phase
             said.add(topic)
             emit(Note(topic=topic, text=text))
 
+    def checked(loss: Tensor, step: int) -> float:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise Diverged(f"the loss is {value} at step {step}")
+        if config["loss"] == "ce":
+            say("loss", checks.loss_out_of_range(value, session.shape.vocab_size))
+        return value
+
+    graphed = None
+    if isinstance(optimizer, FusedAdamW):
+        graphed = GraphedStep(model, optimizer, eager=not step_config["graph"])
+        emit(Note(topic="path", text=f"{optimizer.describe()}; {graphed.describe()}"))
     for step in range(config["steps"]):
         started = time.monotonic()
         batch = samples[step % len(samples)]
         for p in parameters:
             p.grad = None
         phases.done("zero_grad_done")
-        fused = optimizer if isinstance(optimizer, FusedAdamW) else None
-        if fused is not None:
-            fused.begin(config["lr"])
-        loss = _loss(session, batch, fused)
-        phases.done("forward_done")
-        value = loss.item()
-        if not math.isfinite(value):
-            raise Diverged(f"the loss is {value} at step {step}")
-        if config["loss"] == "ce":
-            say("loss", checks.loss_out_of_range(value, session.shape.vocab_size))
-        loss.backward()
-        del loss
-        phases.done("backward_done")
-        if step_config["sanitize"] and fused is None:
-            bad = grads.sanitize(parameters)
-            if bad:
-                emit(Note(topic="gradients", text=f"step {step}: {bad} non-finite gradients were set to 0"))
         norm = None
-        if fused is None and (step_config["grad_norm"] or step_config["clip_grad"]):
-            norm = grads.grad_norm(parameters)
-            if step_config["clip_grad"]:
-                grads.clip(parameters, norm, step_config["clip_grad"])
         if isinstance(optimizer, FusedAdamW):
-            health, norm = optimizer.finish()
+            assert graphed is not None
+            every = step_config["health_every"]
+            optimizer.count = bool(every) and step % every == 0
+            if graphed.eager:
+                optimizer.begin(config["lr"])
+                loss = _loss(session, batch, optimizer)
+                phases.done("forward_done")
+                value = checked(loss, step)
+                loss.backward()
+                phases.done("backward_done")
+                health, norm = optimizer.finish()
+            else:  # forward, backward and updates are one launch
+                value = checked(graphed.step(config["lr"], batch.ids, batch.targets), step)
+                health, norm = optimizer.report()
         else:
+            loss = _loss(session, batch, None)
+            phases.done("forward_done")
+            value = checked(loss, step)
+            loss.backward()
+            del loss
+            phases.done("backward_done")
+            if step_config["sanitize"]:
+                bad = grads.sanitize(parameters)
+                if bad:
+                    emit(Note(topic="gradients", text=f"step {step}: {bad} non-finite gradients were set to 0"))
+            if step_config["grad_norm"] or step_config["clip_grad"]:
+                norm = grads.grad_norm(parameters)
+                if step_config["clip_grad"]:
+                    grads.clip(parameters, norm, step_config["clip_grad"])
             health = optimizer.step(config["lr"])
         moved = session.publish(optimizer.stored(), count=not optimizer.stored())
         if not optimizer.stored():  # float masters: the codes that count are those they were just packed to
@@ -180,7 +200,7 @@ class DenseAdamW:
         return StateHealth(step=int(next(iter(self._adamw.state.values()))["step"]))
 
 
-Optimizer = DenseAdamW | ChunkedAdamW | FusedAdamW
+Optimizer = DenseAdamW | ChunkedAdamW | JoinedAdamW | FusedAdamW
 
 
 def make_optimizer(session: Session, emit: Emit) -> Optimizer:
@@ -204,7 +224,10 @@ def make_optimizer(session: Session, emit: Emit) -> Optimizer:
         optimizer: Optimizer = DenseAdamW(parameters, options)
     elif c["name"] == "fused":
         packed, after = session.store.packed, _after_each(session, emit, flush=False)
-        optimizer = FusedAdamW(model, packed, session.store.tied, options, after)
+        optimizer = FusedAdamW(model, packed, session.store.tied, options, after, session.store.dense)
+        session.store.dense = None  # the masters took over
+    elif c["join"]:
+        optimizer = JoinedAdamW(parameters, session.store.packed, options, _after_each(session, emit, flush=False))
     else:
         packed = session.store.packed if session.backend == "fp2" else {}
         optimizer = ChunkedAdamW(parameters, packed, options, _after_each(session, emit, c["flush_each_param"]))

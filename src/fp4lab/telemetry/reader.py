@@ -68,6 +68,10 @@ class MemoryReader:
             self._tell(best, memory.source)
         return memory
 
+    def devices(self) -> list[str] | None:
+        """The GPUs that NVML shows; None without NVML."""
+        return None if self._nvml is None else list(self._nvml.names.values())
+
     def others(self, pids: Sequence[int]) -> list[GpuProcess]:
         """Processes on the GPUs that are not among `pids`."""
         return [] if self._nvml is None else self._nvml.others(pids)

@@ -7,10 +7,13 @@ rounding depends on the element's place alone, so the result does not depend on 
 
 The weight between steps (`master`):
   fp32, bf16         the float parameter itself, in the dtype that its owner gave it
+  bf16_stochastic    bf16, stochastic: an update below half a step of bf16 (1/512 of the weight) survives on average
   packed             NVFP4, nearest: the reference's. Updates smaller than half a code's distance vanish.
   packed_stochastic  NVFP4, stochastic: small updates survive on average; no float master exists.
+  packed_residual    NVFP4, nearest, and an int8 of what that leaves, stochastic (`residual`): 12.5 bits.
 A packed weight starts each step from its stored codes; the float parameter is only their image. A weight whose second-level
-scale is per tensor keeps that scale: one chunk cannot know the tensor's maximum.
+scale is per tensor keeps that scale: one chunk cannot know the tensor's maximum. Where no float parameter exists (step=fused)
+a float master is held here, and its rows are packed again, by the rule, in the update that writes them.
 
 1-D parameters (norms) and the embedding have fp32 moments and an fp32 master whatever the options say, of their own where
 the parameter is narrower (in bf16 a norm near 1 loses every step below 2e-3); `pack_everything` packs them as the reference
@@ -24,14 +27,16 @@ import torch
 from torch import Tensor, nn
 
 from fp4lab.events import StateHealth
-from fp4lab.nvfp4 import BLOCK, PackedTensor, pack, unpack, update_stochastic
+from fp4lab.nvfp4 import BLOCK, PackedTensor, count_changed, keep_zero_signs, pack, repack_like, unpack, update_stochastic
 from fp4lab.nvfp4.packed import matrix_shape
+from fp4lab.train import residual
 from fp4lab.train.health import Health
-from fp4lab.train.noise import uniform
+from fp4lab.train.noise import dither, key, round_bfloat16
 from fp4lab.train.state import Moment, named_parts, write_rows
 
 E4M3_NAN = 0x7F
-MASTERS = ("packed", "packed_stochastic", "bf16", "fp32")
+PACKED_MASTERS = ("packed", "packed_stochastic", "packed_residual")
+MASTERS = (*PACKED_MASTERS, "bf16", "bf16_stochastic", "fp32")
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,24 @@ class AdamWOptions:
     pack_everything: bool = False
     rule: str = "torchao"  # of packed weights, nearest
     seed: int = 0
+    kernels: bool = True  # step=fused on a GPU: Triton where it has a kernel; else plain torch
     keep_high_precision: tuple[str, ...] = ("embed_tokens",)  # parts of names; 1-D parameters always
 
 
 class ParameterState:
     """One parameter's weight and moments as matrices [rows, cols]."""
 
-    def __init__(self, index: int, name: str, image: Tensor | None, packed: PackedTensor | None, options: AdamWOptions):
-        """`image` is the float parameter; None where the packed weight is all there is."""
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        image: Tensor | None,
+        packed: PackedTensor | None,
+        options: AdamWOptions,
+        start: Tensor | None = None,
+    ):
+        """`image` is the float parameter; None where the packed weight is all there is. Then `start` may be the weight before
+        it was packed, of which a float master or a residual keeps more than the codes do."""
         self.index, self.name, self.image, self.options = index, name, image, options
         shape, device = (packed.shape, packed.device) if image is None and packed else (image.shape, image.device)  # type: ignore[union-attr]
         self.rows, self.cols = matrix_shape(tuple(shape))
@@ -67,23 +82,34 @@ class ParameterState:
         kept = image is not None and (len(shape) == 1 or any(part in name for part in options.keep_high_precision))
         self.high_precision = kept and not options.pack_everything
         self.packed: PackedTensor | None = None
+        self.residual: Tensor | None = None  # int8 [rows, cols], beside `packed`
         self.master: Tensor | None = None
+        self.codes: PackedTensor | None = None  # NVFP4 image of `master`, packed again with every write
         if self.high_precision:
             assert image is not None
             if image.dtype != torch.float32:
                 self.master = image.detach().reshape(self.rows, self.cols).float()
-        elif options.master.startswith("packed") and (packed is not None or options.pack_everything):
-            start = packed if packed is not None else pack(image, "nearest")  # type: ignore[arg-type]
-            self.packed = start.to("cpu") if options.offload_w else start
+        elif options.master in PACKED_MASTERS and (packed is not None or options.pack_everything):
+            first = packed if packed is not None else pack(image, "nearest")  # type: ignore[arg-type]
+            self.packed = first.to("cpu") if options.offload_w else first
+            if options.master == "packed_residual":
+                self.residual = self._first_residual(first, image if start is None else start).to(self.packed.device)
+        elif image is None:
+            assert packed is not None
+            dtype = torch.float32 if options.master == "fp32" else torch.bfloat16
+            self.codes = packed
+            self.master = (unpack(packed) if start is None else start).detach().reshape(self.rows, self.cols).to(dtype)
         state = "fp32" if self.high_precision else options.state
         self.mv_device = torch.device("cpu") if options.offload_mv else device
-        self.m = Moment(self.rows, self.cols, state, False, self.mv_device)
-        self.v = Moment(self.rows, self.cols, state, True, self.mv_device)
+        self.m = Moment(self.rows, self.cols, state, False, self.mv_device, options.beta1)
+        self.v = Moment(self.rows, self.cols, state, True, self.mv_device, options.beta2)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows of the stored weight, fp32, on the parameter's device."""
         if self.packed is not None:
-            return unpack(self.packed.rows(start, stop)).to(self.device)
+            part = self.packed.rows(start, stop)
+            value = unpack(part) if self.residual is None else residual.decode(part, self.residual[start:stop])
+            return value.to(self.device)
         return self.float_rows(start, stop).to(torch.float32, copy=True)  # a copy: `write` overwrites these rows
 
     def matrix(self) -> Tensor:
@@ -94,41 +120,78 @@ class ParameterState:
         """Rows of the float master, in place."""
         return (self.matrix() if self.master is None else self.master)[start:stop]
 
-    def write(self, start: int, stop: int, value: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """Stores fp32 rows; returns what is now stored (fp32) and, of packed ones, whose block scale changed (bool)."""
+    def write(self, start: int, stop: int, value: Tensor, step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Stores fp32 rows. Returns what is now stored (fp32); of packed ones whose block scale changed (bool, like it); and
+        where the stored value says nothing about the codes, how many of these changed (int64 [])."""
         if self.packed is None:
-            rows = self.float_rows(start, stop)
-            new = value.to(rows.dtype)
-            rows.copy_(new)
-            if self.master is not None:
-                self.matrix()[start:stop] = new.to(self.matrix().dtype)
-            return new.float(), None
+            return self._write_float(start, stop, value, step)
         old = self.packed.rows(start, stop)
-        new_packed = self._pack(value.to(self.packed.device), old, start, stop, step)
-        rescaled = old.block_scale.view(torch.uint8) != new_packed.block_scale.view(torch.uint8)
-        rescaled = rescaled.repeat_interleave(BLOCK, dim=1)[:, : self.cols].to(self.device)
+        value = value.to(self.packed.device)
+        new_packed = self._pack(value, old, start, stop, step)
+        rescaled = changed = None
+        if self.residual is not None:
+            _mark_unsound(new_packed, value)
+            noise = self._noise(step, start, stop, value.device)
+            self.residual[start:stop] = residual.encode(value, new_packed, noise)
+            changed = count_changed(old, new_packed)
+        else:
+            different = old.block_scale.view(torch.uint8) != new_packed.block_scale.view(torch.uint8)
+            rescaled = different.repeat_interleave(BLOCK, dim=1)[:, : self.cols].to(self.device)
         write_rows(self.packed, start, stop, new_packed)
-        stored = unpack(new_packed).to(self.device)
+        stored = image = unpack(new_packed).to(self.device)
+        if self.residual is not None:
+            stored = self.read(start, stop)
         if self.image is not None:
-            self.matrix()[start:stop] = stored.to(self.image.dtype)
-        return stored, rescaled
+            self.matrix()[start:stop] = image.to(self.image.dtype)
+        return stored, rescaled, changed
+
+    def _write_float(self, start: int, stop: int, value: Tensor, step: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        rows, changed = self.float_rows(start, stop), None
+        if self.options.master == "bf16_stochastic" and rows.dtype == torch.bfloat16:
+            rows.copy_(round_bfloat16(value, self._noise(step, start, stop, value.device)))
+        else:
+            rows.copy_(value)
+        if self.codes is not None:
+            old = self.codes.rows(start, stop)
+            new = repack_like(rows, old, self.options.rule)
+            keep_zero_signs(new, old)
+            changed = count_changed(old, new)
+            write_rows(self.codes, start, stop, new)
+        elif self.master is not None:
+            self.matrix()[start:stop] = rows.to(self.matrix().dtype)
+        return rows.to(torch.float32, copy=True), None, changed
+
+    def _noise(self, step: int, start: int, stop: int, device: torch.device) -> Tensor:
+        """Uniform in [0, 1), one an element."""
+        padded = -(-self.cols // BLOCK) * BLOCK
+        return dither(key(self.options.seed, step, self.index), start, stop, padded, device)[0][:, : self.cols]
+
+    def _first_residual(self, codes: PackedTensor, start: Tensor | None) -> Tensor:
+        """What the codes lack of an unquantised weight; nothing of one that is their own value in a float's rounding."""
+        if start is None or torch.equal(start, unpack(codes, start.dtype)):
+            return torch.zeros(self.rows, self.cols, dtype=torch.int8, device=codes.device)
+        flat = PackedTensor(codes.codes, codes.block_scale, codes.global_scale, (self.rows, self.cols), codes.divide)
+        return residual.encode(start.detach().reshape(self.rows, self.cols).float(), flat)
 
     def _pack(self, value: Tensor, old: PackedTensor, start: int, stop: int, step: int) -> PackedTensor:
         kept = old.global_scale if old.levels == "tensor" else None
-        if self.options.master == "packed":
+        if self.options.master != "packed_stochastic":
             return pack(value, _nearest_rule(self.options.rule, old), old.levels, global_scale=kept)
-        cols = old.codes.shape[1] * 2
-        noise = uniform(self.options.seed, step, 2 * self.index, start, stop, cols, value.device)
-        blocks = uniform(self.options.seed, step, 2 * self.index + 1, start, stop, cols // 16, value.device)
-        new = update_stochastic(value, old, noise, blocks)
-        # codes have no NaN, and the comparisons above would turn one into a plain 0
-        new.block_scale.view(torch.uint8).masked_fill_(~value.sum(dim=1, keepdim=True).isfinite(), E4M3_NAN)
-        return new
+        field = key(self.options.seed, step, self.index)
+        noise, blocks = dither(field, start, stop, old.codes.shape[1] * 2, value.device)
+        return update_stochastic(value, old, noise, blocks)
+
+    @property
+    def stored(self) -> PackedTensor | None:
+        """The NVFP4 weight, as it would be exported, where this state keeps it."""
+        return self.packed if self.packed is not None else self.codes
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(kind, tensor) for the byte report, e.g. ("state_w_codes", ...)."""
         if self.packed is not None:
             yield from ((f"state_w_{part}", t) for part, t in named_parts(self.packed))
+        if self.residual is not None:
+            yield "state_w_residual", self.residual
         if self.master is not None:
             yield "state_w_data", self.master
         for kind, moment in (("m", self.m), ("v", self.v)):
@@ -163,7 +226,7 @@ class ChunkedAdamW:
 
     def stored(self) -> dict[str, PackedTensor]:
         """The packed weights, as they would be exported."""
-        return {s.name: s.packed for s in self.states if s.packed is not None}
+        return {s.name: s.stored for s in self.states if s.stored is not None}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for s in self.states:
@@ -207,12 +270,13 @@ def update_rows(s: ParameterState, grad: Tensor, first: int, step: int, lr: floa
         if o.max_update is not None:
             update.clamp_(-o.max_update, o.max_update)
         new = w * (1 - lr * o.weight_decay) - lr * update
-        after, rescaled = s.write(start, stop, new, step)
-        s.m.write(start, stop, m.to(s.mv_device))
-        s.v.write(start, stop, v.to(s.mv_device))
+        after, rescaled, changed = s.write(start, stop, new, step)
+        largest = g.abs().amax(dim=1, keepdim=True)
+        s.m.write(start, stop, m.to(s.mv_device), largest)
+        s.v.write(start, stop, v.to(s.mv_device), largest)
         health.update(update)
         if not s.high_precision:  # floats that always move would hide packed weights that never do
-            health.weights(w, new, after, rescaled)
+            health.weights(w, new, after, rescaled, changed)
 
 
 def count_blocks(s: ParameterState, health: Health) -> None:
@@ -220,6 +284,13 @@ def count_blocks(s: ParameterState, health: Health) -> None:
     for kind, p in (("w", s.packed), ("m", s.m.packed), ("v", s.v.packed)):
         if p is not None:
             health.blocks(kind, p)
+
+
+def _mark_unsound(p: PackedTensor, value: Tensor) -> None:
+    """Block scales become NaN where a value is no finite number: codes and residuals have none, and saturate."""
+    finite = torch.nn.functional.pad(value.isfinite(), (0, -value.shape[1] % BLOCK), value=True)
+    bad = ~finite.view(value.shape[0], -1, BLOCK).all(dim=-1)
+    p.block_scale.view(torch.uint8).masked_fill_(bad, E4M3_NAN)
 
 
 def _nearest_rule(rule: str, p: PackedTensor) -> str:

@@ -17,13 +17,15 @@ from typing import Any
 
 from fp4lab.model.config import BLOCK, EMBEDDING, HEAD, Qwen3Config
 from fp4lab.train.fused import VOCABULARY_CHUNK
+from fp4lab.train.int8_block import WIDTH
 
 MIB = 1 << 20
 PHASES = ("load", "forward", "backward", "step")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SCRATCH = 20  # fp32 copies of a chunk's rows that live at once, measured on the CPU
-_STATE = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nvfp4": 0.5 + 1 / BLOCK, "nvfp4_two_level": 0.5 + 1 / BLOCK}
-_ROW_SCALE = {"int8": 4, "nvfp4_two_level": 4}
+_NVFP4 = 0.5 + 1 / BLOCK
+_STATE = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int8_block": 1.0, "nvfp4": _NVFP4, "nvfp4_two_level": _NVFP4}
+_MASTER = {"fp32": 4, "bf16": 2, "bf16_stochastic": 2}  # the others are packed
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,15 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
         return
     chunked = step["name"] != "dense"
     master = step["master"] if chunked else "fp32"
-    master_size = {"fp32": 4, "bf16": 2}.get(master, size)
+    master_size = _MASTER.get(master, size)
     yield _row("trained parameters", f"{n:,} x {master_size} bytes", n * master_size)
+    if master == "packed_residual" and backend == "fp2":
+        n_low = n - sum(_count(s) for s in shape.raw().values())
+        yield _row("residuals", f"{n_low:,} x 1 byte", n_low)
+    if chunked and step["join"]:
+        n_low = n - sum(_count(s) for s in shape.raw().values())
+        each = _NVFP4 + _MASTER.get(master, 0)
+        yield _row("joined weights", f"{n_low:,} x {each:g} bytes", n_low * each)
     yield from _moments(step, trained, chunked, master_size, device)
     if backend == "fp2" or master_size != size:
         yield _row(
@@ -161,7 +170,14 @@ def _fused(
 ) -> Iterator[Row]:
     """step=fused: moments, activations, and of one linear at a time its weight, its gradient and the update's scratch."""
     step, backward = config["step"], ("backward",)
-    yield from _moments(step, trained, True, size, device, config["weights"]["embedding"] == "nvfp4")
+    packed_embedding = config["weights"]["embedding"] == "nvfp4"
+    yield from _moments(step, trained, True, size, device, packed_embedding)
+    n_low = sum(_count(s) for k, s in trained.items() if not _high_precision(k, s, packed_embedding))
+    if step["master"] in _MASTER:
+        each = _MASTER[step["master"]]
+        yield _row(f"masters ({step['master']})", f"{n_low:,} x {each} bytes", n_low * each)
+    elif step["master"] == "packed_residual":
+        yield _row("residuals", f"{n_low:,} x 1 byte", n_low)
     yield from _activations(shape, config, size, trained=True)
     largest = max(r * c for r, c in shape.linears().values())
     pieces = VOCABULARY_CHUNK * shape.hidden_size
@@ -205,14 +221,14 @@ def _moments(
     if not chunked:
         yield _row("moments m and v", f"2 x {n:,} x {master_size} bytes", 2.0 * n * master_size, ("step",))
         return
-    high = {k: s for k, s in trained.items() if len(s) == 1 or ("embed_tokens" in k and not packed_embedding)}  # as in adamw
+    high = {k: s for k, s in trained.items() if _high_precision(k, s, packed_embedding)}
     low = {k: s for k, s in trained.items() if k not in high}
     n_high, n_low = sum(map(_count, high.values())), sum(map(_count, low.values()))
-    rows, each = sum(s[0] for s in low.values()), _STATE[step["state"]]
+    each, scales = _STATE[step["state"]], sum(s[0] * _scales_a_row(step["state"], s[1]) for s in low.values())
     host = bool(step["offload_mv"]) and device == "cuda"
     after = ("forward", "backward", "step")
-    text = f"2 x {n_low:,} x {each:g} bytes" + (f" + 2 x {rows:,} rows x 4" if step["state"] in _ROW_SCALE else "")
-    total = 2 * (n_low * each + rows * _ROW_SCALE.get(step["state"], 0))
+    text = f"2 x {n_low:,} x {each:g} bytes" + (f" + 2 x {scales:,} scales x 4" if scales else "")
+    total = 2 * (n_low * each + scales * 4)
     yield _row(f"moments ({step['state']})", text, total, after, host)
     yield _row("moments of embedding, norms", f"2 x {n_high:,} x 4 bytes", 2.0 * n_high * 4, after, host)
     if master_size != 4:
@@ -231,10 +247,24 @@ def _activations(shape: Qwen3Config, config: dict[str, Any], size: int, trained:
     if trained and config["recompute"] == "block":
         yield _row("inputs of blocks", f"{layers} layers x {tokens} tokens x {h * size:,} bytes", layers * tokens * h * size)
         layers = 1
+    elif trained and config["recompute"] == "selective":  # of an MLP its input, and one MLP at a time
+        wide = (2 * h + 4 * i) * size
+        each -= wide
+        yield _row("activations of one MLP", f"{tokens} tokens x {wide:,} bytes", tokens * wide, phases)
     yield _row("activations", f"{layers} layers x {tokens} tokens x {each:,} bytes", layers * tokens * each, phases)
     width = min(shape.vocab_size, VOCABULARY_CHUNK) if config["step"]["name"] == "fused" else shape.vocab_size
     text = f"{tokens} tokens x {width:,} x {size + 4} bytes"
     yield _row("logits", text, tokens * width * (size + 4), phases)
+
+
+def _high_precision(name: str, shape: tuple[int, ...], packed_embedding: bool) -> bool:
+    """As in adamw."""
+    return len(shape) == 1 or ("embed_tokens" in name and not packed_embedding)
+
+
+def _scales_a_row(state: str, cols: int) -> int:
+    """fp32 numbers beside the elements of one row."""
+    return {"int8": 1, "nvfp4_two_level": 1, "int8_block": -(-cols // WIDTH)}.get(state, 0)
 
 
 def _row(what: str, formula: str, count: float, phases: tuple[str, ...] = PHASES, host: bool = False) -> Row:

@@ -1,10 +1,11 @@
 """AdamW inside the backward pass: each weight gradient is used the moment it exists and never kept (`step=fused`).
 
 The arithmetic is that of `adamw` (reference section 5.4) and the stored state the same; what differs is when. A linear's
-backward hands its gradient over (`model.linears.ConsumingLinear`), its rows are updated, the gradient is gone. No float copy of
-a packed weight exists. The head and its cross-entropy go by chunks of the vocabulary, forward and backward, so that neither
-[tokens, vocab] nor the head's gradient exists as a whole. With a tied head the embedding has two gradients, one from the head
-and one from the lookup; the head's is computed again, chunk by chunk, when the lookup's comes, which is last of all.
+backward hands its gradient over (`model.linears.ConsumingLinear`), its rows are updated, the gradient is gone. The forward
+reads packed weights whatever the master is; a float one lies with the moments. The head and its cross-entropy go by chunks of
+the vocabulary, forward and backward, so that neither [tokens, vocab] nor the head's gradient exists as a whole. With a tied
+head the embedding has two gradients, one from the head and one from the lookup; the head's is computed again, chunk by chunk,
+when the lookup's comes, which is last of all.
 
 What cannot be had: clipping by the global norm, which is known only when all gradients are gone. `max_update` bounds every
 element's update instead; the norm itself is summed up on the way and reported.
@@ -26,6 +27,8 @@ from fp4lab.nvfp4 import PackedTensor, unpack
 from fp4lab.train.adamw import AdamWOptions, ParameterState, count_blocks, update_rows
 from fp4lab.train.batches import IGNORE
 from fp4lab.train.health import Health
+from fp4lab.train.kernel_step import KernelStep
+from fp4lab.train.vectors import Vectors
 
 VOCABULARY_CHUNK = 8192  # rows of the head that are dequantised at a time
 
@@ -34,7 +37,8 @@ class FusedAdamW:
     """`begin(lr)`, then a backward of `loss`, which updates, then `finish()`.
 
     `packed` gives the stored NVFP4 image of every linear by name, and is written in place. Raises ValueError for a model that
-    was not built of consuming modules.
+    was not built of consuming modules. `dense` are the weights before they were packed, where there are any: what float masters
+    and residuals start from. They are taken out of it.
     """
 
     def __init__(
@@ -44,12 +48,17 @@ class FusedAdamW:
         tied: bool,
         options: AdamWOptions,
         after_each: Callable[[int, int], None] | None = None,
+        dense: dict[str, Tensor] | None = None,
     ):
+        dense = dense or {}
         self.options, self.t, self.after_each = options, 0, after_each
         if not isinstance(model.model.embed_tokens, ConsumingEmbedding):
             raise ValueError("the model keeps gradients: build it with step=fused")
+        self.count = True  # whether the step that begins counts what becomes of the weights
+        self.static = False  # every launch has the same shape whatever the batch holds: what a CUDA graph needs
         self._norms = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.head, self.tied = packed[HEAD], tied
+        self._squares = torch.zeros((), dtype=torch.float64, device=self.head.device)
         self._later: list[Head] = []  # heads whose gradient the embedding takes
         trained: dict[str, tuple[Tensor | None, PackedTensor | None]] = {}
         for module_name, module in model.named_modules():  # the order of step=chunked, whose dither goes by it
@@ -64,50 +73,118 @@ class FusedAdamW:
                 trained[name] = None, packed[name]
                 if name != HEAD:
                     module.consume = functools.partial(self.consume, name)
-        self.states = {n: ParameterState(i, n, *parts, options) for i, (n, parts) in enumerate(trained.items())}
+        self.states = {
+            n: ParameterState(i, n, *parts, options, dense.pop(n, None)) for i, (n, parts) in enumerate(trained.items())
+        }
+
+        self.fast = self._kernels() if options.kernels else None
+
+    def _kernels(self) -> KernelStep | None:
+        fast = KernelStep(self.options, self.head.device)
+        taken = {n for n, s in self.states.items() if fast.why_not(s) is None}
+        vectors = [s for s in self.states.values() if Vectors.takes(s)]
+        if not taken:
+            return None
+        self._taken, self._vectors = taken, Vectors(vectors, self.options) if vectors else None
+        return fast
+
+    def describe(self) -> str:
+        """Which path updates what, for the records."""
+        if self.fast is None:
+            why = KernelStep(self.options, self.head.device).why_not(next(s for s in self.states.values() if s.stored))
+            return f"updates are plain torch operations: {why if self.options.kernels else 'step.kernels=false'}"
+        vectors = set() if self._vectors is None else {s.name for s in self._vectors.states}
+        text = f"one Triton kernel updates each of {len(self._taken)} matrices, one sweep {len(vectors)} vectors"
+        left = [n for n in self.states if n not in self._taken and n not in vectors]
+        return text + "".join(f"; {n}: plain torch, {self.fast.why_not(self.states[n])}" for n in left)
+
+    def all_kernels(self) -> bool:
+        """Whether nothing is left to plain torch updates, which take their numbers from the host."""
+        vectors = set() if self.fast is None or self._vectors is None else {s.name for s in self._vectors.states}
+        return self.fast is not None and set(self.states) <= self._taken | vectors
 
     def names(self) -> list[str]:
         return list(self.states)
 
     def stored(self) -> dict[str, PackedTensor]:
         """The packed weights, as they would be exported."""
-        return {n: s.packed for n, s in self.states.items() if s.packed is not None}
+        return {n: s.stored for n, s in self.states.items() if s.stored is not None}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for s in self.states.values():
             yield from s.tensors()
 
     def begin(self, lr: float) -> None:
-        """Everything that a backward hands over from now on is one step."""
+        """Everything that a backward hands over from now on is one step. Writes what launches read: outside a graph."""
         self.t += 1
-        self._lr, self._health, self._seen = lr, Health(), set[str]()
-        self._squares = torch.zeros((), dtype=torch.float64, device=self.head.device)
+        self._lr = lr
+        if self.fast is not None:
+            self.fast.set(self.t, lr)
+        self.clear()
+
+    def clear(self) -> None:
+        """Zeroes what a step sums up: the first launches of a graph."""
+        self._health, self._seen = Health(self.count), set[str]()
+        self._squares.zero_()
+        if self.fast is not None:
+            self.fast.count = self.count
+            self.fast.counts.zero_()
 
     @torch.no_grad()
     def consume(self, name: str, grad: Tensor, first: int = 0) -> None:
         """Updates the rows of one parameter from `first` on with their gradient [rows, cols]."""
-        self._squares += grad.float().square().sum()
-        update_rows(self.states[name], grad, first, self.t, self._lr, self._health)
+        if self.fast is not None and name in self._taken:
+            self.fast.update(self.states[name], grad, first)
+        else:
+            self._squares += grad.float().square().sum()
+            update_rows(self.states[name], grad, first, self.t, self._lr, self._health)
         if name not in self._seen:
             self._seen.add(name)
             if self.after_each is not None:
                 self.after_each(len(self._seen), len(self.states))
 
     @torch.no_grad()
+    def update_vectors(self) -> None:
+        """The norms, whose gradients autograd keeps: the last launches of a step."""
+        done: set[str] = set()
+        if self.fast is not None and self._vectors is not None:
+            states = self._vectors.states
+            grads = [self._norms[s.name].grad for s in states]
+            assert all(g is not None for g in grads), "a norm without a gradient"
+            squares, largest = self._vectors.update([g for g in grads if g is not None], self.fast.numbers)
+            self._squares += squares
+            self.fast.counts[0, 0] = torch.maximum(self.fast.counts[0, 0], largest)
+            done = {s.name for s in states}
+        for name, p in self._norms.items():
+            if p.grad is not None and name not in done:
+                self.consume(name, p.grad.reshape(self.states[name].rows, -1))
+            p.grad = None
+
+    @torch.no_grad()
     def finish(self) -> tuple[StateHealth, Tensor]:
         """The norms' update; then what the step did, and the global gradient norm."""
-        for name, p in self._norms.items():
-            if p.grad is not None:
-                self.consume(name, p.grad.reshape(self.states[name].rows, -1))
-                p.grad = None
+        self.update_vectors()
+        return self.report()
+
+    @torch.no_grad()
+    def report(self) -> tuple[StateHealth, Tensor]:
+        """What the step did, and the global gradient norm. Waits for the device."""
+        squares = self._squares
+        if self.fast is not None:
+            self._health.kernel(self.fast.counts, self.options.state.startswith("nvfp4"))
+            squares = squares + self.fast.counts[:, 1].sum(dtype=torch.float64)
         for name in self._seen:
-            count_blocks(self.states[name], self._health)
-        return self._health.event(self.t), self._squares.sqrt()
+            if self.fast is None or name not in self._taken:
+                count_blocks(self.states[name], self._health)
+        return self._health.event(self.t), squares.sqrt()
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy over the targets that count; hidden [B, T, H] after the final norm, targets [B, T]."""
         counts = targets != IGNORE
-        return _ChunkedCrossEntropy.apply(hidden[counts], targets[counts], self)
+        if not self.static:  # positions that do not count cost nothing; how many they are, the host must know
+            hidden, targets, counts = hidden[counts], targets[counts], counts[counts]
+        share = counts.reshape(-1).float() / counts.sum()
+        return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), share, self)
 
     def take_head(self, head: "Head") -> None:
         """The backward of the loss: an untied head is updated now, a tied one with the lookup."""
@@ -127,14 +204,15 @@ class FusedAdamW:
             for head in heads:
                 grad += head.grad(start, stop)
             here = (ids >= start) & (ids < stop)
-            self.consume(EMBEDDING, grad.index_add_(0, ids[here] - start, rows[here]), start)
+            grad.index_add_(0, (ids - start).clamp_(0, stop - start - 1), rows * here.unsqueeze(1))
+            self.consume(EMBEDDING, grad, start)
 
 
 @dataclass
 class Head:
     """What the gradient of the head's rows is made of: (softmax - one-hot)^T hidden, scaled.
 
-    hidden [N, H], targets [N], lse [N] fp32 (log of the sum of exponentials), scale [] fp32.
+    hidden [N, H], targets [N], lse [N] fp32 (log of the sum of exponentials), scale [N, 1] fp32.
     """
 
     weight: PackedTensor
@@ -148,11 +226,16 @@ class Head:
         for start in range(0, rows, VOCABULARY_CHUNK):
             yield start, min(start + VOCABULARY_CHUNK, rows)
 
+    def right(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Where in rows start..stop each target is [N, 1] int64, and whether it is there [N, 1]."""
+        at = (self.targets - start).unsqueeze(1)
+        return at.clamp(0, stop - start - 1), (at >= 0) & (at < stop - start)
+
     def logit_grad(self, start: int, stop: int, weight: Tensor) -> Tensor:
         """Gradient of the logits of rows start..stop, [N, stop - start] in the compute dtype."""
         p = ((self.hidden @ weight.T).float() - self.lse.unsqueeze(1)).exp_()
-        here = (self.targets >= start) & (self.targets < stop)
-        p[here.nonzero().squeeze(1), self.targets[here] - start] -= 1
+        at, here = self.right(start, stop)
+        p.scatter_add_(1, at, -here.float())
         return p.mul_(self.scale).to(self.hidden.dtype)
 
     def grad(self, start: int, stop: int) -> Tensor:
@@ -163,7 +246,7 @@ class Head:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, optimizer: FusedAdamW) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, share: Tensor, optimizer: FusedAdamW) -> Tensor:
         """Two passes over the vocabulary in all: here for the sum of exponentials, in the backward for the gradients."""
         head = Head(optimizer.head, hidden.detach(), targets, *hidden.new_zeros(2, dtype=torch.float32))
         lse = torch.full((len(targets),), -torch.inf, device=hidden.device)
@@ -171,19 +254,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start, stop in head.pieces():
             logits = (head.hidden @ unpack(head.weight.rows(start, stop), hidden.dtype).T).float()
             lse = torch.logaddexp(lse, logits.logsumexp(1))
-            here = ((targets >= start) & (targets < stop)).nonzero().squeeze(1)
-            right[here] = logits[here, targets[here] - start]
+            at, here = head.right(start, stop)
+            right += (logits.gather(1, at) * here).squeeze(1)
         head.lse = lse
-        ctx.head, ctx.optimizer = head, optimizer
-        return (lse - right).mean()
+        ctx.head, ctx.optimizer, ctx.share = head, optimizer, share
+        return ((lse - right) * share).sum()
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None]:
         head: Head = ctx.head
-        head.scale = dloss / len(head.targets)
+        head.scale = (dloss * ctx.share).unsqueeze(1)
         dx = torch.zeros_like(head.hidden, dtype=torch.float32)
         for start, stop in head.pieces():
             weight = unpack(head.weight.rows(start, stop), head.hidden.dtype)
             dx += (head.logit_grad(start, stop, weight) @ weight).float()
         ctx.optimizer.take_head(head)
-        return dx.to(head.hidden.dtype), None, None
+        return dx.to(head.hidden.dtype), None, None, None

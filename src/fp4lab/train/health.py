@@ -1,5 +1,6 @@
 """What an optimizer step did to its stored state: blocks that died, codes that moved, updates that were lost."""
 
+import math
 from collections import defaultdict
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from fp4lab.events import StateHealth
 from fp4lab.nvfp4 import PackedTensor
+from fp4lab.nvfp4.adamw_kernel import COUNTS
 
 E4M3_TOP = 0x7E  # byte of 448
 PIECE = 1 << 18  # block scales counted at a time: bounds the scratch
@@ -18,7 +20,9 @@ class Health:
     Shares of weights are over those that follow `master`; norms and embedding, kept as fp32, are left out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count: bool = True) -> None:
+        """Without `count` only the largest update is kept: what became of weights and blocks costs more than the update."""
+        self.count = count
         self._blocks: dict[str, int] = defaultdict(int)
         self._zero: dict[str, Tensor | int] = defaultdict(int)
         self._saturated: dict[str, Tensor | int] = defaultdict(int)
@@ -36,6 +40,8 @@ class Health:
 
         With a scale per row the largest block of each row has 448 by construction and nothing clips: not counted.
         """
+        if not self.count:
+            return
         byte = p.block_scale.view(torch.uint8).flatten()
         self._blocks[kind] += byte.numel()
         for piece in byte.split(PIECE):
@@ -51,21 +57,47 @@ class Health:
         largest = update.abs().amax()
         self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
 
-    def weights(self, before: Tensor, wanted: Tensor, after: Tensor, rescaled: Tensor | None) -> None:
+    def weights(
+        self, before: Tensor, wanted: Tensor, after: Tensor, rescaled: Tensor | None, changed: Tensor | None = None
+    ) -> None:
         """One chunk: the stored weights before and after, and what they should have become, all fp32.
 
         `rescaled`: bool, the element's block has another scale. Under the same scale another code is another value, but
         for +0 and -0, which count as one: a zero takes the sign of every update that it loses.
+        `changed`: how many codes changed, where they are only the image of a finer value.
         """
+        if not self.count:
+            return
         self._weights += before.numel()
-        changed = after != before if rescaled is None else (after != before) | rescaled
-        self._changed = self._changed + changed.count_nonzero()
+        if changed is None:
+            changed = (after != before if rescaled is None else (after != before) | rescaled).count_nonzero()
+        self._changed = self._changed + changed
         step = wanted - before
         self._made = self._made + ((after - before) * step).sum(dtype=torch.float64)
         self._asked = self._asked + step.square().sum(dtype=torch.float64)
         asked = step != 0
         self._wanted = self._wanted + asked.count_nonzero()
         self._lost = self._lost + (asked & (after == before)).count_nonzero()
+
+    def kernel(self, counts: Tensor, packed_moments: bool) -> None:
+        """Adds what `nvfp4.adamw_kernel` counted, fp32 [spread, len(COUNTS)]; weights and blocks only if it was asked to."""
+        c = dict(zip(COUNTS, counts.sum(0).tolist(), strict=True))
+        largest = counts[:, 0].amax() if math.isfinite(c["squares"]) else torch.tensor(math.nan)
+        self._largest = largest if self._largest is None else torch.maximum(self._largest, largest.to(self._largest))
+        self._weights += int(c["weights"])
+        self._changed, self._wanted, self._lost = (
+            self._changed + c["changed"],
+            self._wanted + c["wanted"],
+            self._lost + c["lost"],
+        )
+        self._made, self._asked = self._made + c["made"], self._asked + c["asked"]
+        if not c["blocks"]:
+            return
+        for kind in ("w", "m", "v") if packed_moments else ("w",):
+            self._blocks[kind] += int(c["blocks"])
+            self._zero[kind] = self._zero[kind] + int(c[f"zero_{kind}"])
+        self._can_saturate["w"] += int(c["blocks"])
+        self._saturated["w"] = self._saturated["w"] + int(c["full_w"])
 
     def event(self, step: int) -> StateHealth:
         """Shares over the whole step. The only place that waits for the device."""

@@ -3,38 +3,50 @@
 format           bytes an element   notes
 fp32, bf16       4, 2               as they are
 int8             1 + 4 a row        reference 5.4: per row max / 127, linear; v underflows against the row's maximum
+int8_block       1 + 4 a block      of 256: dynamic codes, as bitsandbytes (`int8_block`)
 nvfp4            0.5625             reference 5.4: bf16, then native NVFP4, single level; v underflows to 0
 nvfp4_two_level  0.5625 + 4 a row   one fp32 a row on top, so small rows keep their range; nearest
 
-`Moment` of kind "v" with nvfp4_two_level keeps sqrt(v), and reads its zero codes as half of the block's smallest code:
-otherwise v = 0 beside m != 0 makes a step of m / eps. The other formats keep v as the reference does.
+The second level of nvfp4_two_level is a bound on the row, known before any of its values: the running mean of the row's largest
+gradient, over 2688, which no running mean of its elements can exceed. A row's largest value would have to be found before
+the first one is stored, which costs a kernel a second pass; the bound is looser, and E4M3 has 17 powers of two to spare.
+There v is kept as sqrt(v), and zero codes are read as a quarter, the largest that rounds to them: otherwise v = 0 beside
+m != 0 makes a step of m / eps. The other formats keep v as the reference does.
 """
 
 import torch
 from torch import Tensor
 
 from fp4lab.nvfp4 import BLOCK, PackedTensor, pack, unpack
+from fp4lab.nvfp4.codec import E2M1_MAX, E4M3_MAX
+from fp4lab.train.int8_block import Int8Blocks
 
-FORMATS = ("nvfp4", "nvfp4_two_level", "int8", "bf16", "fp32")
+FORMATS = ("nvfp4", "nvfp4_two_level", "int8", "int8_block", "bf16", "fp32")
 
 
 class Moment:
     """m or v of one parameter as a [rows, cols] matrix, starting from zeros."""
 
-    def __init__(self, rows: int, cols: int, format: str, root: bool, device: torch.device | str):
+    def __init__(self, rows: int, cols: int, format: str, root: bool, device: torch.device | str, beta: float):
         if format not in FORMATS:
             raise ValueError(f"state format {format!r}: expected one of {', '.join(FORMATS)}")
-        self.rows, self.cols, self.format, self.root = rows, cols, format, root and format == "nvfp4_two_level"
+        self.rows, self.cols, self.format, self.beta = rows, cols, format, beta
+        self.root = root and format == "nvfp4_two_level"
         self.packed: PackedTensor | None = None
         self.data: Tensor | None = None
         self.scale: Tensor | None = None
+        self.blocks: Int8Blocks | None = None
         if format.startswith("nvfp4"):
             levels = "row" if format == "nvfp4_two_level" else "single"
             rule = "nearest" if format == "nvfp4_two_level" else "native"
             self.packed = pack(torch.zeros(rows, cols, device=device), rule, levels)
+            if self.packed.global_scale is not None:
+                self.packed.global_scale.zero_()  # of gradients that nobody saw yet
         elif format == "int8":
             self.data = torch.zeros(rows, cols, dtype=torch.int8, device=device)
             self.scale = torch.zeros(rows, 1, device=device)
+        elif format == "int8_block":
+            self.blocks = Int8Blocks(rows, cols, not root, device)
         else:
             dtype = torch.bfloat16 if format == "bf16" else torch.float32
             self.data = torch.zeros(rows, cols, dtype=dtype, device=device)
@@ -43,24 +55,25 @@ class Moment:
         """Rows start..stop, fp32 [stop - start, cols]."""
         if self.packed is not None:
             part = self.packed.rows(start, stop)
-            value = unpack(part)
-            if self.root:
-                value = _lift_zeros(part, value).square_()
-            return value
+            return _squared_root(part) if self.root else unpack(part)
+        if self.blocks is not None:
+            return self.blocks.read(start, stop)
         assert self.data is not None
         value = self.data[start:stop].float()
         return value if self.scale is None else value * self.scale[start:stop]
 
-    def write(self, start: int, stop: int, value: Tensor) -> None:
-        """Stores fp32 rows."""
+    def write(self, start: int, stop: int, value: Tensor, largest: Tensor) -> None:
+        """Stores fp32 rows; largest [stop - start, 1] is the largest |gradient| of each."""
         if self.packed is not None:
-            if self.root:
-                new = pack(value.sqrt(), "nearest", "row")
-            elif self.format == "nvfp4_two_level":
-                new = pack(value, "nearest", "row")
+            if self.format == "nvfp4_two_level":
+                bound = self._bound(self.packed.rows(start, stop), largest.to(value.device))
+                new = pack(value.sqrt() if self.root else value, "nearest", "row", global_scale=bound)
             else:
                 new = pack(value.to(torch.bfloat16), "native", "single")
             write_rows(self.packed, start, stop, new)
+            return
+        if self.blocks is not None:
+            self.blocks.write(start, stop, value)
             return
         assert self.data is not None
         if self.scale is not None:
@@ -70,10 +83,20 @@ class Moment:
         else:
             self.data[start:stop] = value.to(self.data.dtype)
 
+    def _bound(self, old: PackedTensor, largest: Tensor) -> Tensor:
+        """The next second-level scale [rows, 1]: the running mean that m makes, or the root of the one that v makes."""
+        assert old.global_scale is not None
+        new = largest / (E4M3_MAX * E2M1_MAX)
+        if self.root:
+            return (old.global_scale.square() * self.beta + new.square() * (1 - self.beta)).sqrt()
+        return old.global_scale * self.beta + new * (1 - self.beta)
+
     def tensors(self) -> list[tuple[str, Tensor]]:
         """(part, tensor) for the byte report."""
         if self.packed is not None:
             return named_parts(self.packed)
+        if self.blocks is not None:
+            return [("codes", self.blocks.codes), ("scale", self.blocks.absmax)]
         assert self.data is not None
         parts = [("data", self.data)]
         return parts if self.scale is None else [*parts, ("scale", self.scale)]
@@ -93,14 +116,8 @@ def named_parts(p: PackedTensor) -> list[tuple[str, Tensor]]:
     return parts if p.global_scale is None else [*parts, ("global_scale", p.global_scale)]
 
 
-def _lift_zeros(p: PackedTensor, value: Tensor) -> Tensor:
-    """Zero codes become half of the smallest nonzero magnitude of their block (all-zero blocks stay zero).
-
-    A code 0 of sqrt(v) means "under a quarter of the smallest step", not "never saw a gradient".
-    """
-    rows, cols = value.shape
-    padded = value if cols % BLOCK == 0 else torch.nn.functional.pad(value, (0, BLOCK - cols % BLOCK))
-    blocks = padded.view(rows, -1, BLOCK)
-    smallest = torch.where(blocks > 0, blocks, torch.inf).amin(dim=-1, keepdim=True)
-    floor = torch.where(smallest.isfinite(), smallest * 0.5, 0.0)
-    return torch.where(blocks > 0, blocks, floor).view(rows, -1)[:, :cols]
+def _squared_root(p: PackedTensor) -> Tensor:
+    """v of a packed sqrt(v), fp32: every element is at least the square of a quarter of its scale."""
+    assert p.global_scale is not None
+    quarter = (p.block_scale.float() * p.global_scale * 0.25).repeat_interleave(BLOCK, dim=1)[:, : p.shape[1]]
+    return torch.maximum(unpack(p), quarter).square()

@@ -1,0 +1,90 @@
+"""One training step of task=tune, whatever `step` is: loss, gradients, clipping, update, and the new weights for every path."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fp4lab.errors import Diverged
+from fp4lab.events import Emit, StateHealth
+from fp4lab.model.qwen3 import Qwen3
+from fp4lab.tasks.session import Session
+from fp4lab.tasks.step import Optimizer, byte_report, make_optimizer
+from fp4lab.train import grads
+from fp4lab.train.adamw import ChunkedAdamW
+from fp4lab.train.batches import Batch
+from fp4lab.train.fused import FusedAdamW
+from fp4lab.train.joined import JoinedAdamW
+from fp4lab.train.loss import LOSSES
+
+
+@dataclass(frozen=True)
+class Done:
+    """`loss` is the one before the update; `health` is None where torch's AdamW has none to give."""
+
+    loss: float
+    grad_norm: float
+    health: StateHealth | None
+
+
+class Advance:
+    """`advance(batch, lr)` takes a step. Raises Diverged when the loss is not finite."""
+
+    def __init__(self, session: Session, emit: Emit):
+        assert isinstance(session.model, Qwen3)
+        self.session, self.model, self._steps = session, session.model, 0
+        self.clip = session.config["step"]["clip_grad"]
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        dense = session.config["step"]["name"] == "dense"
+        self.optimizer: Optimizer | torch.optim.AdamW = _torch_adamw(session) if dense else make_optimizer(session, emit)
+        session.store.dense = None  # the masters took over; a copy of the start would only be stale
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            for row in byte_report(session, self.optimizer):
+                emit(row)
+
+    def __call__(self, batch: Batch, lr: float) -> Done:
+        ids, targets = batch.ids.to(self.session.device), batch.targets.to(self.session.device)
+        optimizer, step = self.optimizer, self._steps
+        self._steps += 1
+        if isinstance(optimizer, FusedAdamW):
+            optimizer.begin(lr)
+            loss = optimizer.loss(self.model.hidden(ids), targets)
+        else:
+            loss = LOSSES[self.session.config["loss"]](self.model, self.model.hidden(ids), targets)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise Diverged(f"the loss is {value} at step {step}")
+        loss.backward()
+        if isinstance(optimizer, FusedAdamW):
+            health, norm = optimizer.finish()
+            self.session.publish(optimizer.stored())
+            return Done(value, float(norm), health)
+        norm = grads.grad_norm(self.parameters)
+        if self.clip:
+            grads.clip(self.parameters, norm, self.clip)
+        if isinstance(optimizer, ChunkedAdamW | JoinedAdamW):
+            health = optimizer.step(lr)
+            stored = optimizer.stored()
+            moved = self.session.publish(stored, count=not stored)
+            health.code_changed = health.code_changed if stored else moved
+            return Done(value, float(norm), health)
+        assert isinstance(optimizer, torch.optim.AdamW)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.session.publish()
+        return Done(value, float(norm), None)
+
+
+def _torch_adamw(session: Session) -> torch.optim.AdamW:
+    """step=dense. Norms are not decayed."""
+    c = session.config["step"]
+    assert isinstance(session.model, Qwen3)
+    parameters = [p for p in session.model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": c["weight_decay"]},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    fused = session.device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=0.0, betas=(c["beta1"], c["beta2"]), eps=c["eps"], fused=fused)
