@@ -181,9 +181,11 @@ def same_layout(layouts: Sequence[Layout], parts: dict[str, Part]) -> bool:
 
 
 def fitted(value: Tensor, slot: Slot) -> Tensor:
-    """A part as the slot holds it: bytes under another name of byte, E4M3 scales as floats, [] as [1]."""
+    """A part as the slot holds it: bytes under another name of byte, floats and E4M3 scales as its floats, [] as [1]."""
     if value.dtype == torch.float8_e4m3fn and slot.dtype in FLOAT_SCALES:
         value = value.to(slot.dtype)
+    elif value.dtype.is_floating_point and value.dtype.itemsize > 1 and slot.dtype.itemsize > 1:
+        value = as_dtype(slot.key, value, slot.dtype)
     return value.reshape(slot.shape) if value.numel() == 1 else value
 
 

@@ -109,7 +109,7 @@ class MemoryWeights:
 class Replaced:
     """A checkpoint with the values of a trained model in the places of its own: names in its order, then new ones.
 
-    A float takes the dtype that the checkpoint has it in.
+    A float is told in the dtype that the checkpoint has it in, and given as it is: whoever writes it rounds it once.
     """
 
     def __init__(self, weights: Weights, values: dict[str, Tensor | PackedTensor]):
@@ -129,11 +129,7 @@ class Replaced:
         return TensorInfo(found.shape, self.weights.info(name).dtype or found.dtype)
 
     def get(self, name: str) -> Tensor | PackedTensor:
-        if name not in self.values:
-            return self.weights.get(name)
-        value = self.values[name]
-        dtype = self.info(name).dtype
-        return as_dtype(name, value, dtype) if isinstance(value, Tensor) and dtype is not None else value
+        return self.values[name] if name in self.values else self.weights.get(name)
 
     def layouts(self) -> list[Layout]:
         return self.weights.layouts()
