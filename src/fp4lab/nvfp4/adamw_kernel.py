@@ -107,7 +107,7 @@ def _moment(m: "PackedTensor | Tensor") -> tuple[Tensor, Tensor, Tensor]:
 if kernels.triton is not None:
     from fp4lab.nvfp4.kernels import (
         decode_tiny,
-        decode_tiny_positive,
+        decode_root,
         floor_scale,
         join,
         join_signed,
@@ -120,6 +120,7 @@ if kernels.triton is not None:
     _LANE = tl.constexpr(LANES)
     _TINY = tl.constexpr(2.0**-10)
     _BIG = tl.constexpr(2.0**116)  # 2^126 of the codes, 2^-10 of everything
+    _DOWN = tl.constexpr(2.0**-126)
 
     @triton.jit
     def _sqrt(x):
@@ -138,11 +139,14 @@ if kernels.triton is not None:
         return tl.max(tl.maximum(a, b), axis=1)
 
     @triton.jit
-    def _nearest(size, inverse):
-        """The code of size * inverse, 0..7, in the low four bits (see `codec.encode_e2m1`; 1.5 * 2^23 rounds to integers)."""
-        one, two, half = inverse[:, None], (inverse * 2)[:, None], (inverse * 0.5)[:, None]
-        t = tl.minimum(tl.minimum(size * two + 12582912.0, size * one + 12582914.0), size * half + 12582916.0)
-        return t.to(tl.int32, bitcast=True)
+    def _scaled(x, inverse):
+        """x * inverse, as a sum: of a product's bits shifted, ptxas 12.8 makes an integer product of the factors' bits."""
+        return tl.fma(x, tl.broadcast_to(inverse[:, None], x.shape), tl.zeros(x.shape, tl.float32))
+
+    @triton.jit
+    def _nearest(x, inverse):
+        """The code of |x| * inverse below 8, in bits 28..30; `inverse` makes it 2^-126 of itself (see `decode_tiny`)."""
+        return _scaled(x, inverse).to(tl.int32, bitcast=True) * 64 + 0x08000000
 
     @triton.jit
     def _moment_scale(amax, bound):
@@ -150,7 +154,7 @@ if kernels.triton is not None:
         wanted = tl.where(bound > 0, amax * (1 / 6) / bound, 0.0)
         scale = tl.minimum(tl.maximum(wanted, 0.001953125), 448.0).to(tl.float8e4nv)
         total = scale.to(tl.float32) * bound
-        return scale.to(tl.uint8, bitcast=True), tl.where(total > 0, _reciprocal(total), 0.0)
+        return scale.to(tl.uint8, bitcast=True), tl.where(total > 0, _reciprocal(total) * _DOWN, 0.0)
 
     @triton.jit
     def _multipliers(lane):
@@ -160,17 +164,22 @@ if kernels.triton is not None:
         return m
 
     @triton.jit
-    def _dithered(size, inverse, h, multipliers):
-        """Stochastic codes of eight values a row, 0..7 in the low four bits: `codec.encode_e2m1`."""
-        one, two, half = inverse[:, None], (inverse * 2)[:, None], (inverse * 0.5)[:, None]
-        position = tl.minimum(tl.minimum(size * two, size * one + 2), size * half + 4)
-        u = ((h[:, None] * multipliers[None, :]) >> 9) & 0x7FFFF0 | 0x3F800008  # 1 + noise, as fp32
-        t = tl.extra.cuda.libdevice.add_rd(position + u.to(tl.float32, bitcast=True), 8388607.0)
-        return t.to(tl.int32, bitcast=True)
+    def _dithered(x, inverse, h, multipliers):
+        """Stochastic codes of eight values a row, the same way. Up with the probability of what the added noise carries over."""
+        position = _scaled(x, inverse).to(tl.uint32, bitcast=True) * 64
+        noise = (h[:, None] * multipliers[None, :]) >> 4
+        return tl.minimum(position + noise, 0x7FFFFFFF).to(tl.int32, bitcast=True)
+
+    @triton.jit
+    def _outgrown(n, most, limit):
+        """Values of blocks of which some grow: at most `most`, and beyond `limit` so large that they saturate."""
+        size = tl.minimum(tl.abs(n), most[:, None])
+        size = tl.where(tl.abs(n) > limit[:, None], 2 * limit[:, None], size)
+        return (size.to(tl.int32, bitcast=True) | (n.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)
 
     @triton.jit
     def _scale_stochastic(amax, byte, h):
-        """New scale bytes, what values are capped at, and beyond what they go to the top; in units of the second level."""
+        """New scale bytes; of those that grew, what values are capped at, and beyond what they go to the top, in the same units."""
         wanted = amax * (1 / 6)
         byte = tl.where((wanted <= positive_scale(byte) * 0.5) & (byte >= 16), byte - 8, byte)
         grows = wanted > positive_scale(byte)
@@ -191,6 +200,36 @@ if kernels.triton is not None:
         lost += tl.sum(((step != 0) & (change == 0)).to(tl.float32), axis=1)
         return moved, asked, lost, made + tl.sum(change * step, axis=1), square + tl.sum(step * step, axis=1)
 
+    @triton.jit
+    def _abs_max_pair(a, b):
+        """The larger magnitudes of two bf16 in 32 bits each."""
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; and.b32 t, $2, 0x7FFF7FFF; max.bf16x2 $0, $1, t; }", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def _row_max(g_ptr, row, blocks, C: tl.constexpr):
+        """The largest magnitude of a row of 16 `blocks` numbers."""
+        block, lane = tl.arange(0, C), tl.arange(0, 8)
+        origin = row.to(tl.int64) * blocks
+        if g_ptr.dtype.element_ty == tl.bfloat16:
+            pairs = tl.zeros((C, 8), tl.int32)
+            for start in range(0, blocks, C):
+                at = (origin + start + block)[:, None] * 8 + lane[None, :]
+                inside = (start + block < blocks)[:, None]
+                pairs = _abs_max_pair(pairs, tl.load(g_ptr.to(tl.pointer_type(tl.int32)) + at, mask=inside, other=0))
+            low, high = (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
+            top = tl.maximum(low, high)
+        else:
+            top = tl.zeros((C, 8), tl.float32)
+            for start in range(0, blocks, C):
+                at = (origin + start + block)[:, None] * 16 + lane[None, :]
+                inside = (start + block < blocks)[:, None]
+                g0 = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                g1 = tl.load(g_ptr + 8 + at, mask=inside, other=0.0).to(tl.float32)
+                top = tl.maximum(top, tl.maximum(tl.abs(g0), tl.abs(g1)))
+        return tl.max(tl.max(top, axis=1), axis=0)
+
     @triton.jit(do_not_specialize=["first", "tensor"])
     def _adamw(
         g_ptr, wc, ws, wg, mc, ms, mg, vc, vs, vg, numbers, counts,
@@ -209,17 +248,8 @@ if kernels.triton is not None:
         key = mix(tl.load(numbers + 3).to(tl.uint32, bitcast=True) + tensor.to(tl.uint32))
         origin = row.to(tl.int64) * blocks
 
-        # the row's largest gradient
-        top = tl.zeros((C, 8), tl.float32)
-        for start in range(0, blocks, C):
-            inside = (start + block < blocks)[:, None]
-            values = (origin + start + block)[:, None] * 16 + lane[None, :]
-            g0 = tl.load(g_ptr + values, mask=inside, other=0.0).to(tl.float32)
-            g1 = tl.load(g_ptr + 8 + values, mask=inside, other=0.0).to(tl.float32)
-            top = tl.maximum(top, tl.maximum(tl.abs(g0), tl.abs(g1)))
-
         if PACKED:  # second-level scales of the moments, before and after
-            unit = tl.max(tl.max(top.to(tl.float32), axis=1), axis=0) / 2688.0
+            unit = _row_max(g_ptr, row, blocks, C) / 2688.0
             m_old, v_old = tl.load(mg + row), tl.load(vg + row)
             m_new = m_old * beta1 + unit * rest1
             v_new = tl.sqrt(v_old * v_old * beta2 + unit * unit * rest2)
@@ -231,17 +261,18 @@ if kernels.triton is not None:
         v_root = m_in / tl.sqrt(rest2)
         eps_in, root_in = eps * _TINY / c1, tl.sqrt(c2) / c1 * (_TINY / v_root)
         if PACKED:
-            m_old, v_old = m_old * beta1 * _BIG, v_old * root_beta2 * (v_root * 1024) * _BIG
+            m_old, v_old = m_old * beta1 * _BIG, v_old * root_beta2 * v_root
             m_new, v_new = m_new * _TINY, v_new * v_root
         unit = 1024.0  # what a weight is inside, times this, is the weight: it stays in units of its second level
         if SECOND == 1:
             unit *= tl.load(wg)
         if SECOND == 2:
             unit /= tl.load(wg)
-        step = lr / unit
+        step = tl.maximum(lr / unit, 1e-30)  # part of the update's denominator; nothing moves by the least of it
+        eps_in, root_in, cap = eps_in / step, root_in / step, cap * step
         keep = (1 - lr * decay) * _BIG
         largest = tl.zeros((C,), tl.float32)
-        squares = tl.zeros((C,), tl.float32)
+        squares = tl.zeros((C, 8), tl.float32)
         none = tl.zeros((C,), tl.float32)
         total, full, zero_w, zero_m, zero_v = (none, none, none, none, none), none, none, none, none
         for start in range(0, blocks, C):
@@ -255,7 +286,8 @@ if kernels.triton is not None:
             w1 = tl.load(wc + at * 2 + 1, mask=ok, other=0)
             byte = tl.load(ws + at, mask=ok, other=0).to(tl.int32)
             g0, g1 = g0 * m_in, g1 * m_in
-            squares += tl.sum(g0 * g0 + g1 * g1, axis=1)
+            squares += g0 * g0
+            squares += g1 * g1
             if PACKED:
                 m0 = tl.load(mc + at * 2, mask=ok, other=0)
                 m1 = tl.load(mc + at * 2 + 1, mask=ok, other=0)
@@ -265,8 +297,8 @@ if kernels.triton is not None:
                 v_scale = positive_scale(tl.load(vs + at, mask=ok, other=0).to(tl.int32)) * v_old
                 m0 = decode_tiny(m0, lane) * m_scale[:, None] + g0
                 m1 = decode_tiny(m1, lane) * m_scale[:, None] + g1
-                v0 = decode_tiny_positive(v0, lane) * v_scale[:, None]
-                v1 = decode_tiny_positive(v1, lane) * v_scale[:, None]
+                v0 = decode_root(v0, lane) * v_scale[:, None]
+                v1 = decode_root(v1, lane) * v_scale[:, None]
                 v0 = g0 * g0 + v0 * v0
                 v1 = g1 * g1 + v1 * v1
             else:
@@ -281,14 +313,14 @@ if kernels.triton is not None:
                 u1 = tl.minimum(tl.maximum(u1, -cap), cap)
             largest = tl.maximum(largest, _block_max(tl.abs(u0), tl.abs(u1)))
             scale = (positive_scale(byte) * keep)[:, None]
-            n0 = decode_tiny(w0, lane) * scale - step * u0
-            n1 = decode_tiny(w1, lane) * scale - step * u1
+            n0 = decode_tiny(w0, lane) * scale - u0
+            n1 = decode_tiny(w1, lane) * scale - u1
 
             if PACKED:
                 m_byte, inverse = _moment_scale(_block_max(tl.abs(m0), tl.abs(m1)), m_new)
                 tl.store(ms + at, m_byte, mask=ok)
-                tl.store(mc + at * 2, join_signed(_nearest(tl.abs(m0), inverse), m0), mask=ok)
-                tl.store(mc + at * 2 + 1, join_signed(_nearest(tl.abs(m1), inverse), m1), mask=ok)
+                tl.store(mc + at * 2, join_signed(_nearest(m0, inverse), m0), mask=ok)
+                tl.store(mc + at * 2 + 1, join_signed(_nearest(m1, inverse), m1), mask=ok)
                 v_byte, inverse = _moment_scale(_block_max(q0, q1), v_new)
                 tl.store(vs + at, v_byte, mask=ok)
                 tl.store(vc + at * 2, join(_nearest(q0, inverse)), mask=ok)
@@ -303,20 +335,22 @@ if kernels.triton is not None:
             if STOCHASTIC:
                 index = (first.to(tl.int64) * blocks + at).to(tl.uint32) * 2
                 h0 = mix(index ^ key)
-                new_byte, cap_w, limit = _scale_stochastic(amax, byte, h0)
-                inverse = tl.where(new_byte > 0, _reciprocal(positive_scale(new_byte)) * 1024, 0.0)
-                cap_w, limit = cap_w * _TINY, limit * _TINY
-                n0_code = _dithered(tl.minimum(tl.abs(n0), cap_w[:, None]), inverse, h0, multipliers)
-                n1_code = _dithered(tl.minimum(tl.abs(n1), cap_w[:, None]), inverse, mix((index + 1) ^ key), multipliers)
-                n0_code = tl.where(tl.abs(n0) > limit[:, None], 7, n0_code)
-                n1_code = tl.where(tl.abs(n1) > limit[:, None], 7, n1_code)
+                new_byte, most, limit = _scale_stochastic(amax, byte, h0)
+                inverse = tl.where(new_byte > 0, _reciprocal(positive_scale(new_byte)) * (1024 * _DOWN), 0.0)
+                t0, t1, most = n0, n1, most * _TINY
+                if COUNT:  # with the branch, Triton 3.6 does not compile this
+                    t0, t1 = _outgrown(n0, most, limit * _TINY), _outgrown(n1, most, limit * _TINY)
+                elif tl.max((amax > limit).to(tl.int32), axis=0) > 0:  # few tiles have such a block
+                    t0, t1 = _outgrown(n0, most, limit * _TINY), _outgrown(n1, most, limit * _TINY)
+                n0_code = _dithered(t0, inverse, h0, multipliers)
+                n1_code = _dithered(t1, inverse, mix((index + 1) ^ key), multipliers)
             else:
                 rounded = tl.minimum(tl.maximum(amax * (1 / 6), LEAST), 448.0).to(tl.float8e4nv)
                 new_byte = rounded.to(tl.uint8, bitcast=True).to(tl.int32)
-                inverse = _reciprocal(rounded.to(tl.float32)) * 1024
-                cap_w = (rounded.to(tl.float32) * (6 * _TINY))[:, None]
-                n0_code = _nearest(tl.minimum(tl.abs(n0), cap_w), inverse)
-                n1_code = _nearest(tl.minimum(tl.abs(n1), cap_w), inverse)
+                inverse = _reciprocal(rounded.to(tl.float32)) * (1024 * _DOWN)
+                most = (rounded.to(tl.float32) * (6 * _TINY))[:, None]
+                n0_code = _nearest(tl.minimum(tl.abs(n0), most), inverse)
+                n1_code = _nearest(tl.minimum(tl.abs(n1), most), inverse)
             w0_new, w1_new = join_signed(n0_code, n0), join_signed(n1_code, n1)
             tl.store(wc + at * 2, w0_new, mask=ok)
             tl.store(wc + at * 2 + 1, w1_new, mask=ok)
@@ -344,5 +378,5 @@ if kernels.triton is not None:
             tl.atomic_add(counts + 10, tl.sum(zero_w, axis=0), sem="relaxed")
             tl.atomic_add(counts + 11, tl.sum(zero_m, axis=0), sem="relaxed")
             tl.atomic_add(counts + 12, tl.sum(zero_v, axis=0), sem="relaxed")
-        tl.atomic_add(counts + 1, tl.sum(squares, axis=0) / (m_in * m_in), sem="relaxed")
-        tl.atomic_max(counts, tl.max(largest, axis=0), sem="relaxed")
+        tl.atomic_add(counts + 1, tl.sum(tl.sum(squares, axis=1), axis=0) / (m_in * m_in), sem="relaxed")
+        tl.atomic_max(counts, tl.max(largest, axis=0) / step, sem="relaxed")

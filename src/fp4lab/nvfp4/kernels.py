@@ -16,6 +16,13 @@ try:
     import triton.language as tl
 except ImportError:  # torch for CPUs brings no Triton
     triton = None
+try:
+    from triton import constexpr_function
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+except ImportError:  # older ones have no Gluon, or another
+    gl = gluon = mma_v2 = constexpr_function = None
 
 WORDS = 512  # 32-bit words, of eight codes each, that one program decodes
 
@@ -84,10 +91,26 @@ if triton is not None:
         return ((top >> 6) & -2118123520).to(tl.float32, bitcast=True)  # 0x81C00000
 
     @triton.jit
-    def decode_tiny_positive(word, lane):
-        """The same without a sign, a code 0 as a quarter: the codes of sqrt(v) (`train.state`)."""
-        code = word[:, None] >> (4 * lane)[None, :]
-        return tl.maximum((code << 22) & 0x01C00000, 0x00200000).to(tl.float32, bitcast=True)
+    def decode_root(word, lane):
+        """Words [N] of eight codes without a sign -> [N, 8] fp32, a code 0 as a quarter: those of sqrt(v) (`train.state`).
+
+        A byte permutation looks up four at once: the upper bytes of their values in half precision. The lanes are not read;
+        without them Triton would compute the first and take it for all.
+        """
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b, lo, hi; .reg .b16 x0, x1, x2, x3, x4, x5, x6, x7;
+            and.b32 a, $8, 0x77777777; shr.u32 b, a, 16; mov.b32 lo, 0x3E3C3834; mov.b32 hi, 0x46444240;
+            prmt.b32 a, lo, hi, a; prmt.b32 b, lo, hi, b;
+            prmt.b32 lo, a, 0, 0x1404; prmt.b32 hi, a, 0, 0x3424; mov.b32 {x0, x1}, lo; mov.b32 {x2, x3}, hi;
+            prmt.b32 lo, b, 0, 0x1404; prmt.b32 hi, b, 0, 0x3424; mov.b32 {x4, x5}, lo; mov.b32 {x6, x7}, hi;
+            cvt.f32.f16 $0, x0; cvt.f32.f16 $1, x1; cvt.f32.f16 $2, x2; cvt.f32.f16 $3, x3;
+            cvt.f32.f16 $4, x4; cvt.f32.f16 $5, x5; cvt.f32.f16 $6, x6; cvt.f32.f16 $7, x7; }""",
+            "=f,=f,=f,=f,=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [word[:, None], lane[None, :]],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=8,
+        )
 
     @triton.jit
     def _keep(a, b):
@@ -95,11 +118,11 @@ if triton is not None:
 
     @triton.jit
     def join(t):
-        """The low four bits of t [N, 8] -> words [N]. A funnel shift puts each nibble on top of those before it."""
+        """The top four bits of t [N, 8] -> words [N]. A funnel shift puts each nibble under those before it."""
         word = tl.inline_asm_elementwise(
             """{ .reg .b32 a;
-            shf.r.wrap.b32 a, $8, $8, 4; shf.r.wrap.b32 a, a, $9, 4; shf.r.wrap.b32 a, a, $10, 4; shf.r.wrap.b32 a, a, $11, 4;
-            shf.r.wrap.b32 a, a, $12, 4; shf.r.wrap.b32 a, a, $13, 4; shf.r.wrap.b32 a, a, $14, 4; shf.r.wrap.b32 $0, a, $15, 4;
+            shf.l.wrap.b32 a, $15, $15, 4; shf.l.wrap.b32 a, $14, a, 4; shf.l.wrap.b32 a, $13, a, 4; shf.l.wrap.b32 a, $12, a, 4;
+            shf.l.wrap.b32 a, $11, a, 4; shf.l.wrap.b32 a, $10, a, 4; shf.l.wrap.b32 a, $9, a, 4; shf.l.wrap.b32 $0, $8, a, 4;
             mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; mov.b32 $4, 0; mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0; }""",
             "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r",
             [t],
@@ -111,8 +134,8 @@ if triton is not None:
 
     @triton.jit
     def join_signed(t, x):
-        """Codes in the low four bits of t and the signs of x, fp32, both [N, 8] -> words [N]."""
-        return join(t | ((x.to(tl.int32, bitcast=True) >> 28) & 8))
+        """Codes in bits 28..30 of t, whose bit 31 is 0, and the signs of x, fp32, both [N, 8] -> words [N]."""
+        return join(t | (x.to(tl.int32, bitcast=True) & -2147483648))
 
     @triton.jit
     def mix(x):

@@ -3,7 +3,7 @@
 A 32-bit counter, one for every eight columns of a row, is hashed (Wellons' lowbias32) under a key of seed, step and tensor;
 the eight elements and the block of 16 take the top 19 bits of the hash times an odd number of their own. 19 bits, centred, are
 what fits beside a code's position in fp32 (`codec.encode_e2m1`): a change of 2e-6 of a step between two codes still has its
-chance. The same in Triton: `nvfp4.adamw_kernel`.
+chance. The same in Triton, whose integers have room for 28 bits (`nvfp4.adamw_kernel`).
 """
 
 import torch

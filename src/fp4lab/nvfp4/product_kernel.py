@@ -1,0 +1,255 @@
+"""Products of a few rows with a packed matrix that decode it on the way: it is read once, and never exists in bf16.
+
+What unpack and a library's product do in two kernels and 9 bytes a weight, in one and 0.56. A code times its block scale has
+six significant bits, so in bf16 it is exact; a matrix's second-level scale multiplies the sums, which are fp32. The result is
+that of the unpacked product but for the order of its sums (tests/gpu/test_product_kernel.py).
+
+A thread holds codes where the matrix units want them: eight (forward) or sixteen (backward) of a row lie in consecutive bytes,
+and which index of the contraction or of the output they stand for is for us to choose. Hence Gluon, Triton's dialect with
+explicit layouts.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from fp4lab.nvfp4 import kernels
+from fp4lab.nvfp4.packed import PackedTensor
+
+TOKENS = 32  # rows of x up to which this is faster than decoding first (doc/benchmarks.md)
+ROWS, CHUNK = 16, 128  # of the matrix a warp takes at once in the forward
+COLS, STEP = 128, 16  # and in the backward
+WARPS = 8  # at most, of a program; they share out the contraction
+PROGRAMS = 132 * 4  # about how many the backward is split into
+
+
+def why_not(x: Tensor, p: PackedTensor) -> str | None:
+    """Why x [..., cols] and p [rows, cols] are not multiplied here, or None."""
+    rows, cols = p.shape
+    if not kernels.available(x.device):
+        return "the device is no GPU with Triton"
+    if kernels.gl is None:
+        return "this Triton has no Gluon"
+    if x.dtype != torch.bfloat16:
+        return f"it is for bfloat16, not {x.dtype}"
+    if p.levels == "row":
+        return "its second-level scale is per row"
+    if cols % CHUNK or rows % ROWS:
+        return f"{rows} x {cols} is not whole tiles of {ROWS} x {CHUNK}"
+    return None
+
+
+def product(x: Tensor, p: PackedTensor) -> Tensor:
+    """x [n, cols] bf16 times the transpose of p [rows, cols] -> [n, rows] bf16. For n <= TOKENS."""
+    n, cols = x.shape
+    rows = p.shape[0]
+    out = torch.empty(n, rows, dtype=x.dtype, device=x.device)
+    lanes, warps = _pad(n), _warps(cols // CHUNK)
+    _forward[(rows // ROWS,)](
+        *(x, *_parts(p), out, n, rows, cols, _levels(p), lanes, warps, *_forward_layouts(lanes, warps)), num_warps=warps
+    )
+    return out
+
+
+def product_back(dy: Tensor, p: PackedTensor) -> Tensor:
+    """dy [n, rows] bf16 times p [rows, cols] -> [n, cols] bf16. For n <= TOKENS."""
+    n, rows = dy.shape
+    cols = p.shape[1]
+    lanes, tiles, warps = _pad(n), cols // COLS, _warps(rows // STEP)
+    parts = max(1, min(PROGRAMS // tiles, rows // (STEP * warps)))
+    each = -(-rows // (parts * STEP * warps)) * STEP * warps  # rows of the matrix that a program sums over
+    parts = -(-rows // each)
+    sums = torch.empty(parts, n, cols, dtype=torch.float32, device=dy.device)
+    _backward[(tiles, parts)](
+        *(dy, *_parts(p), sums, n, rows, cols, each, _levels(p), lanes, warps, *_backward_layouts(lanes, warps)),
+        num_warps=warps,
+    )
+    out = torch.empty(n, cols, dtype=dy.dtype, device=dy.device)
+    _total[(-(-n * cols // 1024),)](sums, out, n * cols, parts, 1024, num_warps=4)
+    return out
+
+
+def _pad(n: int) -> int:
+    return max(8, 1 << (n - 1).bit_length())
+
+
+def _levels(p: PackedTensor) -> int:
+    return 0 if p.global_scale is None else 2 if p.divide else 1
+
+
+def _parts(p: PackedTensor) -> tuple[Tensor, Tensor, Tensor]:
+    scale = p.block_scale.view(torch.uint8)
+    return p.codes, scale, scale if p.global_scale is None else p.global_scale
+
+
+def _warps(steps: int) -> int:
+    return math.gcd(steps, WARPS)
+
+
+def _warp_bases(warps: int, rank: int) -> list[list[int]]:
+    return [[1 << i, *([0] * (rank - 1))] for i in range(warps.bit_length() - 1)]
+
+
+@functools.cache
+def _forward_layouts(lanes: int, warps: int) -> tuple:
+    """Codes [warp, row, quarter, byte], values [warp, row, quarter, block, element], x [warp, token, quarter, element], sums."""
+    gl = kernels.gl
+    mma = gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
+    quarter, row = [[0, 0, 1], [0, 0, 2]], [[0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    lane = [[*b, 0] for b in (*quarter, *row)]
+    codes = gl.DistributedLinearLayout(
+        [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 0, 8], [0, 8, 0, 0]],
+        lane,
+        _warp_bases(warps, 4),
+        [],
+        [warps, 16, 4, 16],
+    )
+    values = gl.DistributedLinearLayout(
+        [*([0, 0, 0, 0, 1 << i] for i in range(4)), [0, 0, 0, 1, 0], [0, 8, 0, 0, 0]],
+        [[*b, 0] for b in lane], _warp_bases(warps, 5), [], [warps, 16, 4, 2, 16],
+    )  # fmt: skip
+    more = [[0, 8 << i, 0, 0] for i in range((lanes // 8).bit_length() - 1)]
+    x = gl.DistributedLinearLayout(
+        [*([0, 0, 0, 1 << i] for i in range(5)), *more], lane, _warp_bases(warps, 4), [], [warps, lanes, 4, 32]
+    )
+    return codes, values, x, mma
+
+
+@functools.cache
+def _backward_layouts(lanes: int, warps: int) -> tuple:
+    """Codes [warp, row, group, byte], values [warp, row, group, element], dy [warp, token, row], sums.
+
+    Of 16 rows a thread has 2q, 2q + 1, 2q + 8 and 2q + 9, of 128 columns the 16 of group g.
+    """
+    gl = kernels.gl
+    mma = gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
+    rows, group = [[0, 1, 0, 0], [0, 8, 0, 0]], [[0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
+    lane = [[0, 2, 0, 0], [0, 4, 0, 0], *group]
+    codes = gl.DistributedLinearLayout(
+        [*([0, 0, 0, 1 << i] for i in range(3)), *rows], lane, _warp_bases(warps, 4), [], [warps, 16, 8, 8]
+    )
+    values = gl.DistributedLinearLayout(
+        [*([0, 0, 0, 1 << i] for i in range(4)), *rows], lane, _warp_bases(warps, 4), [], [warps, 16, 8, 16]
+    )
+    more = [[0, 8 << i, 0] for i in range((lanes // 8).bit_length() - 1)]
+    dy = gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 8], *more],
+        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        _warp_bases(warps, 3),
+        [],
+        [warps, lanes, 16],
+    )
+    return codes, values, dy, mma
+
+
+if kernels.triton is not None:
+    from fp4lab.nvfp4.kernels import tl, triton
+
+    @triton.jit
+    def _total(sums, out, size, parts, N: tl.constexpr):
+        at = tl.program_id(0) * N + tl.arange(0, N)
+        total = tl.zeros((N,), tl.float32)
+        for part in range(0, parts):
+            total += tl.load(sums + part.to(tl.int64) * size + at, mask=at < size, other=0.0)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+
+
+if kernels.gl is not None:
+    from fp4lab.nvfp4.kernels import constexpr_function, gl, gluon, mma_v2
+
+    @constexpr_function
+    def _along(dim, rank, layout):
+        """The layout of a line which, expanded along the other dimensions from the first on, has `layout`."""
+        for d in reversed(range(rank)):
+            if d != dim:
+                layout = gl.SliceLayout(d, layout)
+        return layout
+
+    @gluon.jit
+    def _index(SIZE: gl.constexpr, DIM: gl.constexpr, RANK: gl.constexpr, LAYOUT: gl.constexpr):
+        """0..SIZE-1 along one dimension of RANK."""
+        i = gl.arange(0, SIZE, layout=_along(DIM, RANK, LAYOUT))
+        for d in gl.static_range(RANK):
+            if d != DIM:
+                i = gl.expand_dims(i, d)
+        return i
+
+    @gluon.jit
+    def _values(codes, scales, L_VALUES: gl.constexpr, SHAPE: gl.constexpr):
+        """Codes and block scales as loaded -> [SHAPE] bf16: exact."""
+        unit = gl.reshape(gl.fp4_to_fp(codes, gl.bfloat16, 3), SHAPE)
+        scale = scales.to(gl.float8e4nv, bitcast=True).to(gl.bfloat16)
+        return gl.convert_layout(unit, L_VALUES) * gl.expand_dims(scale, len(SHAPE) - 1)
+
+    @gluon.jit
+    def _forward(
+        x_ptr, codes, scales, second, out, n, rows, cols,
+        SECOND: gl.constexpr, N: gl.constexpr, W: gl.constexpr,
+        L_CODES: gl.constexpr, L_VALUES: gl.constexpr, L_X: gl.constexpr, MMA: gl.constexpr,
+    ):  # fmt: skip
+        first = gl.program_id(0) * 16
+        L_SCALES: gl.constexpr = gl.SliceLayout(4, L_VALUES)
+        quarter = _index(W, 0, 4, L_CODES) * 4 + _index(4, 2, 4, L_CODES)  # 32 columns of a thread's
+        code_at = (first + _index(16, 1, 4, L_CODES)) * (cols // 2) + quarter * 16 + _index(16, 3, 4, L_CODES)
+        quarter = _index(W, 0, 4, L_SCALES) * 4 + _index(4, 2, 4, L_SCALES)
+        scale_at = (first + _index(16, 1, 4, L_SCALES)) * (cols // 16) + quarter * 2 + _index(2, 3, 4, L_SCALES)
+        quarter = _index(W, 0, 4, L_X) * 4 + _index(4, 2, 4, L_X)
+        x_at = gl.minimum(_index(N, 1, 4, L_X), n - 1) * cols + quarter * 32 + _index(32, 3, 4, L_X)
+        acc = gl.zeros((W, 16, N), gl.float32, MMA)
+        for start in range(0, cols, 128 * W):
+            code = gl.load(codes + start // 2 + code_at)
+            scale = gl.load(scales + start // 16 + scale_at)
+            x = gl.load(x_ptr + start + x_at)
+            w = gl.reshape(_values(code, scale, L_VALUES, (W, 16, 4, 2, 16)), (W, 16, 4, 4, 8))
+            w = gl.reshape(gl.permute(w, (0, 1, 3, 2, 4)), (W, 16, 128))
+            x = gl.reshape(gl.permute(gl.reshape(x, (W, N, 4, 4, 8)), (0, 3, 2, 4, 1)), (W, 128, N))
+            w = gl.convert_layout(w, gl.DotOperandLayout(0, MMA, 8))
+            acc = mma_v2(w, gl.convert_layout(x, gl.DotOperandLayout(1, MMA, 8)), acc)
+        y = _rescaled(gl.sum(acc, axis=0), second, SECOND)
+        L: gl.constexpr = y.type.layout
+        token = _index(N, 1, 2, L)
+        at = token * rows + first + _index(16, 0, 2, L)
+        gl.store(out + at, y.to(gl.bfloat16), mask=at * 0 + token < n)
+
+    @gluon.jit
+    def _rescaled(y, second, SECOND: gl.constexpr):
+        """By the matrix's second-level scale."""
+        if SECOND == 1:
+            y = y * gl.load(second)
+        if SECOND == 2:
+            y = gl.div_rn(y, gl.load(second) + gl.zeros_like(y))
+        return y
+
+    @gluon.jit
+    def _backward(
+        dy_ptr, codes, scales, second, sums, n, rows, cols, each,
+        SECOND: gl.constexpr, N: gl.constexpr, W: gl.constexpr,
+        L_CODES: gl.constexpr, L_VALUES: gl.constexpr, L_DY: gl.constexpr, MMA: gl.constexpr,
+    ):  # fmt: skip
+        first = gl.program_id(0) * 128
+        part = gl.program_id(1)
+        L_SCALES: gl.constexpr = gl.SliceLayout(3, L_VALUES)
+        line = part * each + _index(W, 0, 4, L_CODES) * 16 + _index(16, 1, 4, L_CODES)
+        code_at = first // 2 + _index(8, 2, 4, L_CODES) * 8 + _index(8, 3, 4, L_CODES)
+        line_scale = part * each + _index(W, 0, 3, L_SCALES) * 16 + _index(16, 1, 3, L_SCALES)
+        scale_at = first // 16 + _index(8, 2, 3, L_SCALES)
+        line_dy = part * each + _index(W, 0, 3, L_DY) * 16 + _index(16, 2, 3, L_DY)
+        dy_at = gl.minimum(_index(N, 1, 3, L_DY), n - 1) * rows
+        acc = gl.zeros((W, 128, N), gl.float32, MMA)
+        for start in range(0, each, 16 * W):
+            code = gl.load(codes + gl.minimum(start + line, rows - 1) * (cols // 2) + code_at)
+            scale = gl.load(scales + gl.minimum(start + line_scale, rows - 1) * (cols // 16) + scale_at)
+            dy = gl.load(dy_ptr + start + line_dy + dy_at, mask=start + line_dy + dy_at * 0 < rows, other=0.0)
+            w = _values(code, scale, L_VALUES, (W, 16, 8, 16))
+            w = gl.reshape(gl.permute(w, (0, 3, 2, 1)), (W, 128, 16))
+            w = gl.convert_layout(w, gl.DotOperandLayout(0, MMA, 2))
+            dy = gl.convert_layout(gl.permute(dy, (0, 2, 1)), gl.DotOperandLayout(1, MMA, 2))
+            acc = mma_v2(w, dy, acc)
+        y = _rescaled(gl.sum(acc, axis=0), second, SECOND)
+        L: gl.constexpr = y.type.layout
+        token, col = _index(N, 1, 2, L), _index(128, 0, 2, L)
+        col = first + (col % 8) * 16 + col // 8  # a thread's sixteen elements are rows of the sums that lie eight apart
+        at = (part * n + token) * cols + col
+        gl.store(sums + at, y, mask=at * 0 + token < n)
