@@ -10,7 +10,6 @@ explicit layouts.
 """
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -21,8 +20,9 @@ from fp4lab.nvfp4.packed import PackedTensor
 TOKENS = 32  # rows of x up to which this is faster than decoding first (doc/benchmarks.md)
 ROWS, CHUNK = 16, 128  # of the matrix a warp takes at once in the forward
 COLS, STEP = 128, 16  # and in the backward
-WARPS = 8  # at most, of a program; they share out the contraction
-PROGRAMS = 132 * 4  # about how many the backward is split into
+WARPS = 4  # of a program; they share out the contraction
+FLIGHT = 5
+PROGRAMS = 132 * 2  # about how many the backward is split into
 
 
 def why_not(x: Tensor, p: PackedTensor) -> str | None:
@@ -46,9 +46,9 @@ def product(x: Tensor, p: PackedTensor) -> Tensor:
     n, cols = x.shape
     rows = p.shape[0]
     out = torch.empty(n, rows, dtype=x.dtype, device=x.device)
-    lanes, warps = _pad(n), _warps(cols // CHUNK)
+    lanes, flight = _pad(n), _flight(cols // CHUNK)
     _forward[(rows // ROWS,)](
-        *(x, *_parts(p), out, n, rows, cols, _levels(p), lanes, warps, *_forward_layouts(lanes, warps)), num_warps=warps
+        *(x, *_parts(p), out, n, rows, cols, _levels(p), lanes, WARPS, flight, *_forward_layouts(lanes)), num_warps=WARPS
     )
     return out
 
@@ -57,18 +57,24 @@ def product_back(dy: Tensor, p: PackedTensor) -> Tensor:
     """dy [n, rows] bf16 times p [rows, cols] -> [n, cols] bf16. For n <= TOKENS."""
     n, rows = dy.shape
     cols = p.shape[1]
-    lanes, tiles, warps = _pad(n), cols // COLS, _warps(rows // STEP)
-    parts = max(1, min(PROGRAMS // tiles, rows // (STEP * warps)))
-    each = -(-rows // (parts * STEP * warps)) * STEP * warps  # rows of the matrix that a program sums over
-    parts = -(-rows // each)
+    lanes, tiles, steps = _pad(n), cols // COLS, -(-rows // (STEP * WARPS))
+    each = -(-steps // max(1, PROGRAMS // tiles))  # steps of a program
+    parts = -(-steps // each)
     sums = torch.empty(parts, n, cols, dtype=torch.float32, device=dy.device)
+    flight = _flight(each * WARPS)
     _backward[(tiles, parts)](
-        *(dy, *_parts(p), sums, n, rows, cols, each, _levels(p), lanes, warps, *_backward_layouts(lanes, warps)),
-        num_warps=warps,
+        *(dy, *_parts(p), sums, n, rows, cols, each, _levels(p), lanes, WARPS, flight, *_backward_layouts(lanes)),
+        num_warps=WARPS,
     )
     out = torch.empty(n, cols, dtype=dy.dtype, device=dy.device)
     _total[(-(-n * cols // 1024),)](sums, out, n * cols, parts, 1024, num_warps=4)
     return out
+
+
+def _flight(chunks: int) -> int:
+    """How many steps' loads a warp has under way at once: at most FLIGHT, and such that the last round is full."""
+    steps = -(-chunks // WARPS)
+    return -(-steps // -(-steps // FLIGHT))
 
 
 def _pad(n: int) -> int:
@@ -84,62 +90,58 @@ def _parts(p: PackedTensor) -> tuple[Tensor, Tensor, Tensor]:
     return p.codes, scale, scale if p.global_scale is None else p.global_scale
 
 
-def _warps(steps: int) -> int:
-    return math.gcd(steps, WARPS)
-
-
-def _warp_bases(warps: int, rank: int) -> list[list[int]]:
-    return [[1 << i, *([0] * (rank - 1))] for i in range(warps.bit_length() - 1)]
+def _warp_bases(rank: int) -> list[list[int]]:
+    return [[1 << i, *([0] * (rank - 1))] for i in range(WARPS.bit_length() - 1)]
 
 
 @functools.cache
-def _forward_layouts(lanes: int, warps: int) -> tuple:
+def _forward_layouts(lanes: int) -> tuple:
     """Codes [warp, row, quarter, byte], values [warp, row, quarter, block, element], x [warp, token, quarter, element], sums."""
     gl = kernels.gl
-    mma = gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
+    mma = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     quarter, row = [[0, 0, 1], [0, 0, 2]], [[0, 1, 0], [0, 2, 0], [0, 4, 0]]
     lane = [[*b, 0] for b in (*quarter, *row)]
     codes = gl.DistributedLinearLayout(
         [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 0, 8], [0, 8, 0, 0]],
         lane,
-        _warp_bases(warps, 4),
+        _warp_bases(4),
         [],
-        [warps, 16, 4, 16],
+        [WARPS, 16, 4, 16],
     )
     values = gl.DistributedLinearLayout(
         [*([0, 0, 0, 0, 1 << i] for i in range(4)), [0, 0, 0, 1, 0], [0, 8, 0, 0, 0]],
-        [[*b, 0] for b in lane], _warp_bases(warps, 5), [], [warps, 16, 4, 2, 16],
+        [[*b, 0] for b in lane], _warp_bases(5), [], [WARPS, 16, 4, 2, 16],
     )  # fmt: skip
     more = [[0, 8 << i, 0, 0] for i in range((lanes // 8).bit_length() - 1)]
     x = gl.DistributedLinearLayout(
-        [*([0, 0, 0, 1 << i] for i in range(5)), *more], lane, _warp_bases(warps, 4), [], [warps, lanes, 4, 32]
+        [*([0, 0, 0, 1 << i] for i in range(5)), *more], lane, _warp_bases(4), [], [WARPS, lanes, 4, 32]
     )
     return codes, values, x, mma
 
 
 @functools.cache
-def _backward_layouts(lanes: int, warps: int) -> tuple:
+def _backward_layouts(lanes: int) -> tuple:
     """Codes [warp, row, group, byte], values [warp, row, group, element], dy [warp, token, row], sums.
 
     Of 16 rows a thread has 2q, 2q + 1, 2q + 8 and 2q + 9, of 128 columns the 16 of group g.
     """
     gl = kernels.gl
-    mma = gl.NVMMADistributedLayout([2, 0], [warps, 1, 1], [1, 16, 8])
+    mma = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     rows, group = [[0, 1, 0, 0], [0, 8, 0, 0]], [[0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
     lane = [[0, 2, 0, 0], [0, 4, 0, 0], *group]
     codes = gl.DistributedLinearLayout(
-        [*([0, 0, 0, 1 << i] for i in range(3)), *rows], lane, _warp_bases(warps, 4), [], [warps, 16, 8, 8]
+        [*([0, 0, 0, 1 << i] for i in range(3)), *rows], lane, _warp_bases(4), [], [WARPS, 16, 8, 8]
     )
     values = gl.DistributedLinearLayout(
-        [*([0, 0, 0, 1 << i] for i in range(4)), *rows], lane, _warp_bases(warps, 4), [], [warps, 16, 8, 16]
+        [*([0, 0, 0, 1 << i] for i in range(4)), *rows], lane, _warp_bases(4), [], [WARPS, 16, 8, 16]
     )
     more = [[0, 8 << i, 0] for i in range((lanes // 8).bit_length() - 1)]
     dy = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 8], *more],
         [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        _warp_bases(warps, 3),
+        _warp_bases(3),
         [],
-        [warps, lanes, 16],
+        [WARPS, lanes, 16],
     )
     return codes, values, dy, mma
 
@@ -186,27 +188,35 @@ if kernels.gl is not None:
     @gluon.jit
     def _forward(
         x_ptr, codes, scales, second, out, n, rows, cols,
-        SECOND: gl.constexpr, N: gl.constexpr, W: gl.constexpr,
+        SECOND: gl.constexpr, N: gl.constexpr, W: gl.constexpr, U: gl.constexpr,
         L_CODES: gl.constexpr, L_VALUES: gl.constexpr, L_X: gl.constexpr, MMA: gl.constexpr,
     ):  # fmt: skip
         first = gl.program_id(0) * 16
         L_SCALES: gl.constexpr = gl.SliceLayout(4, L_VALUES)
-        quarter = _index(W, 0, 4, L_CODES) * 4 + _index(4, 2, 4, L_CODES)  # 32 columns of a thread's
+        quarter = _index(4, 2, 4, L_CODES)
         code_at = (first + _index(16, 1, 4, L_CODES)) * (cols // 2) + quarter * 16 + _index(16, 3, 4, L_CODES)
-        quarter = _index(W, 0, 4, L_SCALES) * 4 + _index(4, 2, 4, L_SCALES)
+        quarter = _index(4, 2, 4, L_SCALES)
         scale_at = (first + _index(16, 1, 4, L_SCALES)) * (cols // 16) + quarter * 2 + _index(2, 3, 4, L_SCALES)
-        quarter = _index(W, 0, 4, L_X) * 4 + _index(4, 2, 4, L_X)
+        quarter = _index(4, 2, 4, L_X)
         x_at = gl.minimum(_index(N, 1, 4, L_X), n - 1) * cols + quarter * 32 + _index(32, 3, 4, L_X)
+        chunk = _index(W, 0, 4, L_CODES), _index(W, 0, 4, L_SCALES), _index(W, 0, 4, L_X)
         acc = gl.zeros((W, 16, N), gl.float32, MMA)
-        for start in range(0, cols, 128 * W):
-            code = gl.load(codes + start // 2 + code_at)
-            scale = gl.load(scales + start // 16 + scale_at)
-            x = gl.load(x_ptr + start + x_at)
-            w = gl.reshape(_values(code, scale, L_VALUES, (W, 16, 4, 2, 16)), (W, 16, 4, 4, 8))
-            w = gl.reshape(gl.permute(w, (0, 1, 3, 2, 4)), (W, 16, 128))
-            x = gl.reshape(gl.permute(gl.reshape(x, (W, N, 4, 4, 8)), (0, 3, 2, 4, 1)), (W, 128, N))
-            w = gl.convert_layout(w, gl.DotOperandLayout(0, MMA, 8))
-            acc = mma_v2(w, gl.convert_layout(x, gl.DotOperandLayout(1, MMA, 8)), acc)
+        for start in range(0, cols // 128, W * U):
+            flight = ()
+            for u in gl.static_range(U):
+                # beyond the last column the last is read again, for numbers of x that are 0
+                at = start + u * W
+                code = gl.load(codes + gl.minimum(at + chunk[0], cols // 128 - 1) * 64 + code_at)
+                scale = gl.load(scales + gl.minimum(at + chunk[1], cols // 128 - 1) * 8 + scale_at)
+                x = gl.load(x_ptr + (at + chunk[2]) * 128 + x_at, mask=x_at * 0 + at + chunk[2] < cols // 128, other=0.0)
+                flight = flight + ((code, scale, x),)
+            for u in gl.static_range(U):
+                code, scale, x = flight[u]
+                w = gl.reshape(_values(code, scale, L_VALUES, (W, 16, 4, 2, 16)), (W, 16, 4, 4, 8))
+                w = gl.reshape(gl.permute(w, (0, 1, 3, 2, 4)), (W, 16, 128))
+                x = gl.reshape(gl.permute(gl.reshape(x, (W, N, 4, 4, 8)), (0, 3, 2, 4, 1)), (W, 128, N))
+                w = gl.convert_layout(w, gl.DotOperandLayout(0, MMA, 8))
+                acc = mma_v2(w, gl.convert_layout(x, gl.DotOperandLayout(1, MMA, 8)), acc)
         y = _rescaled(gl.sum(acc, axis=0), second, SECOND)
         L: gl.constexpr = y.type.layout
         token = _index(N, 1, 2, L)
@@ -225,28 +235,35 @@ if kernels.gl is not None:
     @gluon.jit
     def _backward(
         dy_ptr, codes, scales, second, sums, n, rows, cols, each,
-        SECOND: gl.constexpr, N: gl.constexpr, W: gl.constexpr,
+        SECOND: gl.constexpr, N: gl.constexpr, W: gl.constexpr, U: gl.constexpr,
         L_CODES: gl.constexpr, L_VALUES: gl.constexpr, L_DY: gl.constexpr, MMA: gl.constexpr,
     ):  # fmt: skip
         first = gl.program_id(0) * 128
         part = gl.program_id(1)
         L_SCALES: gl.constexpr = gl.SliceLayout(3, L_VALUES)
-        line = part * each + _index(W, 0, 4, L_CODES) * 16 + _index(16, 1, 4, L_CODES)
+        line = _index(W, 0, 4, L_CODES) * 16 + _index(16, 1, 4, L_CODES)
         code_at = first // 2 + _index(8, 2, 4, L_CODES) * 8 + _index(8, 3, 4, L_CODES)
-        line_scale = part * each + _index(W, 0, 3, L_SCALES) * 16 + _index(16, 1, 3, L_SCALES)
+        line_scale = _index(W, 0, 3, L_SCALES) * 16 + _index(16, 1, 3, L_SCALES)
         scale_at = first // 16 + _index(8, 2, 3, L_SCALES)
-        line_dy = part * each + _index(W, 0, 3, L_DY) * 16 + _index(16, 2, 3, L_DY)
+        line_dy = _index(W, 0, 3, L_DY) * 16 + _index(16, 2, 3, L_DY)
         dy_at = gl.minimum(_index(N, 1, 3, L_DY), n - 1) * rows
         acc = gl.zeros((W, 128, N), gl.float32, MMA)
-        for start in range(0, each, 16 * W):
-            code = gl.load(codes + gl.minimum(start + line, rows - 1) * (cols // 2) + code_at)
-            scale = gl.load(scales + gl.minimum(start + line_scale, rows - 1) * (cols // 16) + scale_at)
-            dy = gl.load(dy_ptr + start + line_dy + dy_at, mask=start + line_dy + dy_at * 0 < rows, other=0.0)
-            w = _values(code, scale, L_VALUES, (W, 16, 8, 16))
-            w = gl.reshape(gl.permute(w, (0, 3, 2, 1)), (W, 128, 16))
-            w = gl.convert_layout(w, gl.DotOperandLayout(0, MMA, 2))
-            dy = gl.convert_layout(gl.permute(dy, (0, 2, 1)), gl.DotOperandLayout(1, MMA, 2))
-            acc = mma_v2(w, dy, acc)
+        for step in range(part * each, part * each + each, U):
+            flight = ()
+            for u in gl.static_range(U):
+                # beyond the last row the last is read again, for gradients that are 0
+                at = (step + u) * 16 * W
+                code = gl.load(codes + gl.minimum(at + line, rows - 1) * (cols // 2) + code_at)
+                scale = gl.load(scales + gl.minimum(at + line_scale, rows - 1) * (cols // 16) + scale_at)
+                inside = (dy_at * 0 + at + line_dy < rows) & (step + u < part * each + each)
+                flight = flight + ((code, scale, gl.load(dy_ptr + at + line_dy + dy_at, mask=inside, other=0.0)),)
+            for u in gl.static_range(U):
+                code, scale, dy = flight[u]
+                w = _values(code, scale, L_VALUES, (W, 16, 8, 16))
+                w = gl.reshape(gl.permute(w, (0, 3, 2, 1)), (W, 128, 16))
+                w = gl.convert_layout(w, gl.DotOperandLayout(0, MMA, 2))
+                dy = gl.convert_layout(gl.permute(dy, (0, 2, 1)), gl.DotOperandLayout(1, MMA, 2))
+                acc = mma_v2(w, dy, acc)
         y = _rescaled(gl.sum(acc, axis=0), second, SECOND)
         L: gl.constexpr = y.type.layout
         token, col = _index(N, 1, 2, L), _index(128, 0, 2, L)
