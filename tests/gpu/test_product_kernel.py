@@ -15,14 +15,14 @@ def matrix(shape, rule, levels, seed=0):
 
 
 def close(got, want, of):
-    """As far apart as bf16 results of the same exact products are, summed in fp32 in another order: half a step, and the sums'."""
+    """As far apart as results of the same exact products, summed in fp32 in another order, then rounded to bf16."""
     bound = want.abs() * 2**-8 + of * 2**-20
     assert ((got.double() - want).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("rule, levels", [("torchao", "single"), ("nearest", "tensor"), ("ct", "tensor")])
 @pytest.mark.parametrize("shape", [(16, 128), (1024, 2560), (2560, 9728), (48, 384), (4112, 1152)])
-@pytest.mark.parametrize("n", [1, 3, 8, 13, 32])
+@pytest.mark.parametrize("n", [1, 3, 8, 13, 16])
 def test_products_are_those_of_the_decoded_matrix(rule, levels, shape, n):
     p = matrix(shape, rule, levels)
     w = unpack(p, torch.float64)

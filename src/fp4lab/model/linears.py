@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp4lab.nvfp4 import PackedTensor, pack, quantize_activations, scaled_fp4_matmul, unpack
+from fp4lab.nvfp4 import PackedTensor, matmul, matmul_back, pack, quantize_activations, scaled_fp4_matmul, unpack
 
 ACTIVATIONS = ("none", "nvfp4")
 
@@ -32,7 +32,7 @@ def packed_matmul(x: Tensor, p: PackedTensor, activations: str = "none", native:
     if native and activations == "nvfp4":
         flat = x.reshape(-1, x.shape[-1])
         return scaled_fp4_matmul(pack(flat, rule="torchao"), p, x.dtype).reshape(*x.shape[:-1], p.shape[0])
-    return F.linear(_round_input(x, activations), unpack(p, x.dtype))
+    return matmul(_round_input(x, activations), p)
 
 
 def lookup(table: "Tensor | PackedTensor", ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,12 +127,12 @@ class _Consumed(torch.autograd.Function):
         rounded = _round_input(x, linear.activations)
         ctx.linear = linear
         ctx.save_for_backward(rounded)
-        return F.linear(rounded, unpack(linear.packed, x.dtype))
+        return matmul(rounded, linear.packed)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         (x,), linear = ctx.saved_tensors, ctx.linear
-        dx = dy @ unpack(linear.packed, dy.dtype) if ctx.needs_input_grad[0] else None
+        dx = matmul_back(dy, linear.packed) if ctx.needs_input_grad[0] else None
         assert linear.consume is not None, "nobody takes this linear's gradient"
         linear.consume(dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
         return dx, None

@@ -106,8 +106,8 @@ def _moment(m: "PackedTensor | Tensor") -> tuple[Tensor, Tensor, Tensor]:
 
 if kernels.triton is not None:
     from fp4lab.nvfp4.kernels import (
-        decode_tiny,
         decode_root,
+        decode_tiny,
         floor_scale,
         join,
         join_signed,
@@ -165,7 +165,7 @@ if kernels.triton is not None:
 
     @triton.jit
     def _dithered(x, inverse, h, multipliers):
-        """Stochastic codes of eight values a row, the same way. Up with the probability of what the added noise carries over."""
+        """Stochastic codes of eight values a row, the same way: noise is added to the bits, and what it carries over is up."""
         position = _scaled(x, inverse).to(tl.uint32, bitcast=True) * 64
         noise = (h[:, None] * multipliers[None, :]) >> 4
         return tl.minimum(position + noise, 0x7FFFFFFF).to(tl.int32, bitcast=True)
@@ -175,11 +175,12 @@ if kernels.triton is not None:
         """Values of blocks of which some grow: at most `most`, and beyond `limit` so large that they saturate."""
         size = tl.minimum(tl.abs(n), most[:, None])
         size = tl.where(tl.abs(n) > limit[:, None], 2 * limit[:, None], size)
-        return (size.to(tl.int32, bitcast=True) | (n.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)
+        sign = n.to(tl.int32, bitcast=True) & -2147483648
+        return (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
     @triton.jit
     def _scale_stochastic(amax, byte, h):
-        """New scale bytes; of those that grew, what values are capped at, and beyond what they go to the top, in the same units."""
+        """New scale bytes; what values are capped at, and beyond what they go to the top, in units of the second level."""
         wanted = amax * (1 / 6)
         byte = tl.where((wanted <= positive_scale(byte) * 0.5) & (byte >= 16), byte - 8, byte)
         grows = wanted > positive_scale(byte)
@@ -204,7 +205,12 @@ if kernels.triton is not None:
     def _abs_max_pair(a, b):
         """The larger magnitudes of two bf16 in 32 bits each."""
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; and.b32 t, $2, 0x7FFF7FFF; max.bf16x2 $0, $1, t; }", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+            "{ .reg .b32 t; and.b32 t, $2, 0x7FFF7FFF; max.bf16x2 $0, $1, t; }",
+            "=r,r,r",
+            [a, b],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
         )
 
     @triton.jit
@@ -338,7 +344,7 @@ if kernels.triton is not None:
                 new_byte, most, limit = _scale_stochastic(amax, byte, h0)
                 inverse = tl.where(new_byte > 0, _reciprocal(positive_scale(new_byte)) * (1024 * _DOWN), 0.0)
                 t0, t1, most = n0, n1, most * _TINY
-                if COUNT:  # with the branch, Triton 3.6 does not compile this
+                if COUNT:  # noqa: SIM114 - Triton 3.6 compiles this without the branch only
                     t0, t1 = _outgrown(n0, most, limit * _TINY), _outgrown(n1, most, limit * _TINY)
                 elif tl.max((amax > limit).to(tl.int32), axis=0) > 0:  # few tiles have such a block
                     t0, t1 = _outgrown(n0, most, limit * _TINY), _outgrown(n1, most, limit * _TINY)

@@ -1,12 +1,32 @@
-"""Where a kernel exists for a device it runs, else the codec; both give the same bits."""
+"""Where a kernel exists for a device and a shape it runs, else the codec and torch's products.
+
+Unpacked values are the same bits either way; products differ in the order of their sums.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fp4lab.nvfp4 import codec, kernels
+from fp4lab.nvfp4 import codec, kernels, product_kernel
 from fp4lab.nvfp4.packed import PackedTensor
 
 
 def unpack(p: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values [*p.shape] in `dtype`, computed in fp32 and rounded once."""
     return kernels.unpack(p, dtype) if kernels.available(p.device) else codec.unpack(p, dtype)
+
+
+def matmul(x: Tensor, p: PackedTensor) -> Tensor:
+    """x [..., in] times the transpose of p [out, in] -> [..., out] in x's dtype."""
+    flat = x.reshape(-1, x.shape[-1])
+    if product_kernel.why_not(flat, p) is None:
+        return product_kernel.product(flat.contiguous(), p).view(*x.shape[:-1], p.shape[0])
+    return F.linear(x, unpack(p, x.dtype))
+
+
+def matmul_back(dy: Tensor, p: PackedTensor) -> Tensor:
+    """dy [..., out] times p [out, in] -> [..., in] in dy's dtype: what `matmul` hands back to x."""
+    flat = dy.reshape(-1, dy.shape[-1])
+    if product_kernel.why_not(flat, p) is None:
+        return product_kernel.product_back(flat.contiguous(), p).view(*dy.shape[:-1], p.shape[1])
+    return dy @ unpack(p, dy.dtype)

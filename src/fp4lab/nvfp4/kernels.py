@@ -36,7 +36,8 @@ def available(device: torch.device) -> bool:
 def describe(device: torch.device) -> str:
     """Which path decodes and encodes on this device, for the records."""
     if available(device):
-        return f"NVFP4 is decoded by Triton {triton.__version__} kernels"
+        few = "products of few rows decode on the way" if gl is not None else "no Gluon: products of few rows decode first"
+        return f"NVFP4 is decoded by Triton {triton.__version__} kernels; {few}"
     why = "the device is no GPU" if device.type != "cuda" else "Triton is not installed (pip install triton)"
     return f"NVFP4 is decoded by plain torch operations: {why}"
 
@@ -121,8 +122,9 @@ if triton is not None:
         """The top four bits of t [N, 8] -> words [N]. A funnel shift puts each nibble under those before it."""
         word = tl.inline_asm_elementwise(
             """{ .reg .b32 a;
-            shf.l.wrap.b32 a, $15, $15, 4; shf.l.wrap.b32 a, $14, a, 4; shf.l.wrap.b32 a, $13, a, 4; shf.l.wrap.b32 a, $12, a, 4;
-            shf.l.wrap.b32 a, $11, a, 4; shf.l.wrap.b32 a, $10, a, 4; shf.l.wrap.b32 a, $9, a, 4; shf.l.wrap.b32 $0, $8, a, 4;
+            shf.l.wrap.b32 a, $15, $15, 4; shf.l.wrap.b32 a, $14, a, 4; shf.l.wrap.b32 a, $13, a, 4;
+            shf.l.wrap.b32 a, $12, a, 4; shf.l.wrap.b32 a, $11, a, 4; shf.l.wrap.b32 a, $10, a, 4;
+            shf.l.wrap.b32 a, $9, a, 4; shf.l.wrap.b32 $0, $8, a, 4;
             mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; mov.b32 $4, 0; mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0; }""",
             "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r",
             [t],

@@ -10,6 +10,7 @@ explicit layouts.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from fp4lab.nvfp4 import kernels
 from fp4lab.nvfp4.packed import PackedTensor
 
-TOKENS = 32  # rows of x up to which this is faster than decoding first (doc/benchmarks.md)
+TOKENS = 16  # rows of x up to which this is faster than decoding first (doc/benchmarks.md)
 ROWS, CHUNK = 16, 128  # of the matrix a warp takes at once in the forward
 COLS, STEP = 128, 16  # and in the backward
 WARPS = 4  # of a program; they share out the contraction
@@ -26,8 +27,10 @@ PROGRAMS = 132 * 2  # about how many the backward is split into
 
 
 def why_not(x: Tensor, p: PackedTensor) -> str | None:
-    """Why x [..., cols] and p [rows, cols] are not multiplied here, or None."""
+    """Why x [n, either] and p [rows, cols] are not multiplied here, or None."""
     rows, cols = p.shape
+    if len(x) > TOKENS:
+        return f"{len(x)} rows of x are many: decoding first is as fast"
     if not kernels.available(x.device):
         return "the device is no GPU with Triton"
     if kernels.gl is None:
@@ -87,7 +90,7 @@ def _levels(p: PackedTensor) -> int:
 
 def _parts(p: PackedTensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = p.block_scale.view(torch.uint8)
-    return p.codes, scale, scale if p.global_scale is None else p.global_scale
+    return p.codes.view(torch.int32), scale, scale if p.global_scale is None else p.global_scale
 
 
 def _warp_bases(rank: int) -> list[list[int]]:
@@ -95,55 +98,40 @@ def _warp_bases(rank: int) -> list[list[int]]:
 
 
 @functools.cache
-def _forward_layouts(lanes: int) -> tuple:
-    """Codes [warp, row, quarter, byte], values [warp, row, quarter, block, element], x [warp, token, quarter, element], sums."""
-    gl = kernels.gl
-    mma = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
-    quarter, row = [[0, 0, 1], [0, 0, 2]], [[0, 1, 0], [0, 2, 0], [0, 4, 0]]
-    lane = [[*b, 0] for b in (*quarter, *row)]
-    codes = gl.DistributedLinearLayout(
-        [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 0, 8], [0, 8, 0, 0]],
-        lane,
-        _warp_bases(4),
-        [],
-        [WARPS, 16, 4, 16],
-    )
-    values = gl.DistributedLinearLayout(
-        [*([0, 0, 0, 0, 1 << i] for i in range(4)), [0, 0, 0, 1, 0], [0, 8, 0, 0, 0]],
-        [[*b, 0] for b in lane], _warp_bases(5), [], [WARPS, 16, 4, 2, 16],
-    )  # fmt: skip
-    more = [[0, 8 << i, 0, 0] for i in range((lanes // 8).bit_length() - 1)]
-    x = gl.DistributedLinearLayout(
-        [*([0, 0, 0, 1 << i] for i in range(5)), *more], lane, _warp_bases(4), [], [WARPS, lanes, 4, 32]
-    )
-    return codes, values, x, mma
+def _forward_layouts(lanes: int) -> tuple[Any, ...]:
+    """Of values [warp, row, quarter, block, half, element], x [warp, token, quarter, element], and the sums.
 
-
-@functools.cache
-def _backward_layouts(lanes: int) -> tuple:
-    """Codes [warp, row, group, byte], values [warp, row, group, element], dy [warp, token, row], sums.
-
-    Of 16 rows a thread has 2q, 2q + 1, 2q + 8 and 2q + 9, of 128 columns the 16 of group g.
+    Of 16 rows a thread has lane // 4 and 8 beyond, of 128 columns the lane % 4th quarter.
     """
     gl = kernels.gl
     mma = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
-    rows, group = [[0, 1, 0, 0], [0, 8, 0, 0]], [[0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
-    lane = [[0, 2, 0, 0], [0, 4, 0, 0], *group]
-    codes = gl.DistributedLinearLayout(
-        [*([0, 0, 0, 1 << i] for i in range(3)), *rows], lane, _warp_bases(4), [], [WARPS, 16, 8, 8]
-    )
-    values = gl.DistributedLinearLayout(
-        [*([0, 0, 0, 1 << i] for i in range(4)), *rows], lane, _warp_bases(4), [], [WARPS, 16, 8, 16]
-    )
-    more = [[0, 8 << i, 0] for i in range((lanes // 8).bit_length() - 1)]
-    dy = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 8], *more],
-        [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        _warp_bases(3),
-        [],
-        [WARPS, lanes, 16],
-    )
-    return codes, values, dy, mma
+    quarter, row = [[0, 0, 1], [0, 0, 2]], [[0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    own = [*([0, 0, 0, 0, 0, 1 << i] for i in range(3)), [0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0], [0, 8, 0, 0, 0, 0]]
+    values = gl.DistributedLinearLayout(own, _padded(quarter + row, 6), _warp_bases(6), [], [WARPS, 16, 4, 2, 2, 8])
+    own = [*([0, 0, 0, 1 << i] for i in range(5)), *([0, 8 << i, 0, 0] for i in range((lanes // 8).bit_length() - 1))]
+    x = gl.DistributedLinearLayout(own, _padded(quarter + row, 4), _warp_bases(4), [], [WARPS, lanes, 4, 32])
+    return values, x, mma
+
+
+@functools.cache
+def _backward_layouts(lanes: int) -> tuple[Any, ...]:
+    """Of values [warp, pair of rows, group, word, element, row of the pair], dy [warp, token, row], and the sums.
+
+    Of 16 rows a thread has 2 q, 2 q + 1, 2 q + 8 and 2 q + 9 with q = lane % 4, of 128 columns the sixteen of group lane // 4.
+    """
+    gl = kernels.gl
+    mma = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    own = [[0, 0, 0, 0, 0, 1], *([0, 0, 0, 0, 1 << i, 0] for i in range(3)), [0, 0, 0, 1, 0, 0], [0, 4, 0, 0, 0, 0]]
+    lane = [[0, 1, 0], [0, 2, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
+    values = gl.DistributedLinearLayout(own, _padded(lane, 6), _warp_bases(6), [], [WARPS, 8, 8, 2, 8, 2])
+    own = [[0, 0, 1], [0, 0, 8], *([0, 8 << i, 0] for i in range((lanes // 8).bit_length() - 1))]
+    lane = [[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    dy = gl.DistributedLinearLayout(own, lane, _warp_bases(3), [], [WARPS, lanes, 16])
+    return values, dy, mma
+
+
+def _padded(bases: list[list[int]], rank: int) -> list[list[int]]:
+    return [[*b, *([0] * (rank - len(b)))] for b in bases]
 
 
 if kernels.triton is not None:
@@ -154,7 +142,7 @@ if kernels.triton is not None:
         at = tl.program_id(0) * N + tl.arange(0, N)
         total = tl.zeros((N,), tl.float32)
         for part in range(0, parts):
-            total += tl.load(sums + part.to(tl.int64) * size + at, mask=at < size, other=0.0)
+            total += tl.load(sums + tl.cast(part, tl.int64) * size + at, mask=at < size, other=0.0)
         tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
@@ -179,42 +167,97 @@ if kernels.gl is not None:
         return i
 
     @gluon.jit
-    def _values(codes, scales, L_VALUES: gl.constexpr, SHAPE: gl.constexpr):
-        """Codes and block scales as loaded -> [SHAPE] bf16: exact."""
-        unit = gl.reshape(gl.fp4_to_fp(codes, gl.bfloat16, 3), SHAPE)
-        scale = scales.to(gl.float8e4nv, bitcast=True).to(gl.bfloat16)
-        return gl.convert_layout(unit, L_VALUES) * gl.expand_dims(scale, len(SHAPE) - 1)
+    def _scales(byte):
+        """E4M3 bytes -> 2^100 of their values, bf16 twice in 32 bits."""
+        value = byte.to(gl.float8e4nv, bitcast=True).to(gl.float32) * 1.2676506002282294e30
+        return value.to(gl.bfloat16).to(gl.uint16, bitcast=True).to(gl.int32) * 0x10001
+
+    @gluon.jit
+    def _decode_row(word, scale, like):
+        """Words of eight codes and their `_scales` -> [.., 8] bf16, 2^-26 of their values: the codes 0, 4, 1, 5, 2, 6, 3, 7.
+
+        The bits of an E2M1 magnitude are those of a bf16 2^-126 as large; two codes that lie 16 bits apart move at once.
+        """
+        return gl.inline_asm_elementwise(
+            """{ .reg .b32 a, b;
+            shl.b32 a, $4, 6; shl.b32 b, $4, 12; and.b32 a, a, 0x01C001C0; lop3.b32 a, b, 0x80008000, a, 0xEA;
+            mul.bf16x2 $0, a, $12;
+            shl.b32 a, $4, 2; shl.b32 b, $4, 8; and.b32 a, a, 0x01C001C0; lop3.b32 a, b, 0x80008000, a, 0xEA;
+            mul.bf16x2 $1, a, $12;
+            shr.u32 a, $4, 2; shl.b32 b, $4, 4; and.b32 a, a, 0x01C001C0; lop3.b32 a, b, 0x80008000, a, 0xEA;
+            mul.bf16x2 $2, a, $12;
+            shr.u32 a, $4, 6; and.b32 a, a, 0x01C001C0; lop3.b32 a, $4, 0x80008000, a, 0xEA;
+            mul.bf16x2 $3, a, $12; }""",
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [word, scale, like],
+            dtype=gl.bfloat16,
+            is_pure=True,
+            pack=8,
+        )
+
+    @gluon.jit
+    def _decode_rows(word, scale, like):
+        """The same of pairs of rows -> [.., 8, 2], in the order of the codes."""
+        return gl.inline_asm_elementwise(
+            """{ .reg .b32 a, b, z, s;
+            prmt.b32 z, $8, $9, 0x5410; prmt.b32 s, $24, $25, 0x5410;
+            shl.b32 a, z, 6; shl.b32 b, z, 12; and.b32 a, a, 0x01C001C0; lop3.b32 a, b, 0x80008000, a, 0xEA;
+            mul.bf16x2 $0, a, s;
+            shl.b32 a, z, 2; shl.b32 b, z, 8; and.b32 a, a, 0x01C001C0; lop3.b32 a, b, 0x80008000, a, 0xEA;
+            mul.bf16x2 $1, a, s;
+            shr.u32 a, z, 2; shl.b32 b, z, 4; and.b32 a, a, 0x01C001C0; lop3.b32 a, b, 0x80008000, a, 0xEA;
+            mul.bf16x2 $2, a, s;
+            shr.u32 a, z, 6; and.b32 a, a, 0x01C001C0; lop3.b32 a, z, 0x80008000, a, 0xEA;
+            mul.bf16x2 $3, a, s;
+            prmt.b32 z, $8, $9, 0x7632;
+            shl.b32 a, z, 6; shl.b32 b, z, 12; and.b32 a, a, 0x01C001C0; lop3.b32 a, b, 0x80008000, a, 0xEA;
+            mul.bf16x2 $4, a, s;
+            shl.b32 a, z, 2; shl.b32 b, z, 8; and.b32 a, a, 0x01C001C0; lop3.b32 a, b, 0x80008000, a, 0xEA;
+            mul.bf16x2 $5, a, s;
+            shr.u32 a, z, 2; shl.b32 b, z, 4; and.b32 a, a, 0x01C001C0; lop3.b32 a, b, 0x80008000, a, 0xEA;
+            mul.bf16x2 $6, a, s;
+            shr.u32 a, z, 6; and.b32 a, a, 0x01C001C0; lop3.b32 a, z, 0x80008000, a, 0xEA;
+            mul.bf16x2 $7, a, s;  }""",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,"
+            "r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [word, scale, like],
+            dtype=gl.bfloat16,
+            is_pure=True,
+            pack=16,
+        )
 
     @gluon.jit
     def _forward(
         x_ptr, codes, scales, second, out, n, rows, cols,
         SECOND: gl.constexpr, N: gl.constexpr, W: gl.constexpr, U: gl.constexpr,
-        L_CODES: gl.constexpr, L_VALUES: gl.constexpr, L_X: gl.constexpr, MMA: gl.constexpr,
+        L_VALUES: gl.constexpr, L_X: gl.constexpr, MMA: gl.constexpr,
     ):  # fmt: skip
         first = gl.program_id(0) * 16
-        L_SCALES: gl.constexpr = gl.SliceLayout(4, L_VALUES)
-        quarter = _index(4, 2, 4, L_CODES)
-        code_at = (first + _index(16, 1, 4, L_CODES)) * (cols // 2) + quarter * 16 + _index(16, 3, 4, L_CODES)
-        quarter = _index(4, 2, 4, L_SCALES)
-        scale_at = (first + _index(16, 1, 4, L_SCALES)) * (cols // 16) + quarter * 2 + _index(2, 3, 4, L_SCALES)
-        quarter = _index(4, 2, 4, L_X)
-        x_at = gl.minimum(_index(N, 1, 4, L_X), n - 1) * cols + quarter * 32 + _index(32, 3, 4, L_X)
-        chunk = _index(W, 0, 4, L_CODES), _index(W, 0, 4, L_SCALES), _index(W, 0, 4, L_X)
+        L_CODES: gl.constexpr = gl.SliceLayout(5, L_VALUES)
+        L_SCALES: gl.constexpr = gl.SliceLayout(4, L_CODES)
+        word = _index(4, 2, 5, L_CODES) * 4 + _index(2, 3, 5, L_CODES) * 2 + _index(2, 4, 5, L_CODES)
+        code_at = (first + _index(16, 1, 5, L_CODES)) * (cols // 8) + word
+        scale_at = _index(4, 2, 4, L_SCALES) * 2 + _index(2, 3, 4, L_SCALES)
+        scale_at = (first + _index(16, 1, 4, L_SCALES)) * (cols // 16) + scale_at
+        x_at = gl.minimum(_index(N, 1, 4, L_X), n - 1) * cols + _index(4, 2, 4, L_X) * 32 + _index(32, 3, 4, L_X)
+        chunk = _index(W, 0, 5, L_CODES), _index(W, 0, 4, L_SCALES), _index(W, 0, 4, L_X)
         acc = gl.zeros((W, 16, N), gl.float32, MMA)
         for start in range(0, cols // 128, W * U):
-            flight = ()
+            flight = ()  # type: Any
             for u in gl.static_range(U):
                 # beyond the last column the last is read again, for numbers of x that are 0
                 at = start + u * W
-                code = gl.load(codes + gl.minimum(at + chunk[0], cols // 128 - 1) * 64 + code_at)
+                code = gl.load(codes + gl.minimum(at + chunk[0], cols // 128 - 1) * 16 + code_at)
                 scale = gl.load(scales + gl.minimum(at + chunk[1], cols // 128 - 1) * 8 + scale_at)
                 x = gl.load(x_ptr + (at + chunk[2]) * 128 + x_at, mask=x_at * 0 + at + chunk[2] < cols // 128, other=0.0)
-                flight = flight + ((code, scale, x),)
+                flight += ((code, scale, x),)
             for u in gl.static_range(U):
                 code, scale, x = flight[u]
-                w = gl.reshape(_values(code, scale, L_VALUES, (W, 16, 4, 2, 16)), (W, 16, 4, 4, 8))
-                w = gl.reshape(gl.permute(w, (0, 1, 3, 2, 4)), (W, 16, 128))
-                x = gl.reshape(gl.permute(gl.reshape(x, (W, N, 4, 4, 8)), (0, 3, 2, 4, 1)), (W, 128, N))
+                scale = gl.expand_dims(gl.expand_dims(_scales(scale), 4), 5)
+                w = _decode_row(gl.expand_dims(code, 5), scale, _index(8, 5, 6, L_VALUES))
+                w = gl.reshape(gl.permute(gl.reshape(w, (W, 16, 4, 4, 8)), (0, 1, 3, 2, 4)), (W, 16, 128))
+                x = gl.permute(gl.reshape(x, (W, N, 4, 4, 2, 4)), (0, 3, 2, 5, 4, 1))
+                x = gl.reshape(x, (W, 128, N))  # in the order that the codes come in
                 w = gl.convert_layout(w, gl.DotOperandLayout(0, MMA, 8))
                 acc = mma_v2(w, gl.convert_layout(x, gl.DotOperandLayout(1, MMA, 8)), acc)
         y = _rescaled(gl.sum(acc, axis=0), second, SECOND)
@@ -225,7 +268,8 @@ if kernels.gl is not None:
 
     @gluon.jit
     def _rescaled(y, second, SECOND: gl.constexpr):
-        """By the matrix's second-level scale."""
+        """By the matrix's second-level scale, and 2^26 that decoding left out."""
+        y = y * 67108864.0
         if SECOND == 1:
             y = y * gl.load(second)
         if SECOND == 2:
@@ -236,31 +280,33 @@ if kernels.gl is not None:
     def _backward(
         dy_ptr, codes, scales, second, sums, n, rows, cols, each,
         SECOND: gl.constexpr, N: gl.constexpr, W: gl.constexpr, U: gl.constexpr,
-        L_CODES: gl.constexpr, L_VALUES: gl.constexpr, L_DY: gl.constexpr, MMA: gl.constexpr,
+        L_VALUES: gl.constexpr, L_DY: gl.constexpr, MMA: gl.constexpr,
     ):  # fmt: skip
         first = gl.program_id(0) * 128
         part = gl.program_id(1)
-        L_SCALES: gl.constexpr = gl.SliceLayout(3, L_VALUES)
-        line = _index(W, 0, 4, L_CODES) * 16 + _index(16, 1, 4, L_CODES)
-        code_at = first // 2 + _index(8, 2, 4, L_CODES) * 8 + _index(8, 3, 4, L_CODES)
-        line_scale = _index(W, 0, 3, L_SCALES) * 16 + _index(16, 1, 3, L_SCALES)
-        scale_at = first // 16 + _index(8, 2, 3, L_SCALES)
+        L_CODES: gl.constexpr = gl.SliceLayout(4, L_VALUES)
+        L_SCALES: gl.constexpr = gl.SliceLayout(3, L_CODES)
+        line = _index(W, 0, 5, L_CODES) * 16 + _index(8, 1, 5, L_CODES) * 2 + _index(2, 4, 5, L_CODES)
+        code_at = first // 8 + _index(8, 2, 5, L_CODES) * 2 + _index(2, 3, 5, L_CODES)
+        line_scale = _index(W, 0, 4, L_SCALES) * 16 + _index(8, 1, 4, L_SCALES) * 2 + _index(2, 3, 4, L_SCALES)
+        scale_at = first // 16 + _index(8, 2, 4, L_SCALES)
         line_dy = _index(W, 0, 3, L_DY) * 16 + _index(16, 2, 3, L_DY)
         dy_at = gl.minimum(_index(N, 1, 3, L_DY), n - 1) * rows
         acc = gl.zeros((W, 128, N), gl.float32, MMA)
         for step in range(part * each, part * each + each, U):
-            flight = ()
+            flight = ()  # type: Any
             for u in gl.static_range(U):
                 # beyond the last row the last is read again, for gradients that are 0
                 at = (step + u) * 16 * W
-                code = gl.load(codes + gl.minimum(at + line, rows - 1) * (cols // 2) + code_at)
+                code = gl.load(codes + gl.minimum(at + line, rows - 1) * (cols // 8) + code_at)
                 scale = gl.load(scales + gl.minimum(at + line_scale, rows - 1) * (cols // 16) + scale_at)
                 inside = (dy_at * 0 + at + line_dy < rows) & (step + u < part * each + each)
-                flight = flight + ((code, scale, gl.load(dy_ptr + at + line_dy + dy_at, mask=inside, other=0.0)),)
+                flight += ((code, scale, gl.load(dy_ptr + at + line_dy + dy_at, mask=inside, other=0.0)),)
             for u in gl.static_range(U):
                 code, scale, dy = flight[u]
-                w = _values(code, scale, L_VALUES, (W, 16, 8, 16))
-                w = gl.reshape(gl.permute(w, (0, 3, 2, 1)), (W, 128, 16))
+                scale = gl.expand_dims(gl.expand_dims(_scales(scale), 3), 4)
+                w = _decode_rows(gl.expand_dims(code, 4), scale, _index(8, 4, 6, L_VALUES) + _index(2, 5, 6, L_VALUES))
+                w = gl.reshape(gl.permute(w, (0, 3, 4, 2, 1, 5)), (W, 128, 16))
                 w = gl.convert_layout(w, gl.DotOperandLayout(0, MMA, 2))
                 dy = gl.convert_layout(gl.permute(dy, (0, 2, 1)), gl.DotOperandLayout(1, MMA, 2))
                 acc = mma_v2(w, dy, acc)

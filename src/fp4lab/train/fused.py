@@ -23,7 +23,7 @@ from fp4lab.events import StateHealth
 from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.model.linears import ConsumingEmbedding, ConsumingLinear
 from fp4lab.model.qwen3 import Qwen3
-from fp4lab.nvfp4 import PackedTensor, unpack
+from fp4lab.nvfp4 import PackedTensor, matmul, matmul_back
 from fp4lab.train.adamw import AdamWOptions, ParameterState, count_blocks, update_rows
 from fp4lab.train.batches import IGNORE
 from fp4lab.train.health import Health
@@ -231,17 +231,20 @@ class Head:
         at = (self.targets - start).unsqueeze(1)
         return at.clamp(0, stop - start - 1), (at >= 0) & (at < stop - start)
 
-    def logit_grad(self, start: int, stop: int, weight: Tensor) -> Tensor:
+    def logits(self, start: int, stop: int) -> Tensor:
+        """Of rows start..stop, [N, stop - start] fp32."""
+        return matmul(self.hidden, self.weight.rows(start, stop)).float()
+
+    def logit_grad(self, start: int, stop: int) -> Tensor:
         """Gradient of the logits of rows start..stop, [N, stop - start] in the compute dtype."""
-        p = ((self.hidden @ weight.T).float() - self.lse.unsqueeze(1)).exp_()
+        p = (self.logits(start, stop) - self.lse.unsqueeze(1)).exp_()
         at, here = self.right(start, stop)
         p.scatter_add_(1, at, -here.float())
         return p.mul_(self.scale).to(self.hidden.dtype)
 
     def grad(self, start: int, stop: int) -> Tensor:
         """Gradient of the rows start..stop of the head, [stop - start, H]."""
-        weight = unpack(self.weight.rows(start, stop), self.hidden.dtype)
-        return self.logit_grad(start, stop, weight).T @ self.hidden
+        return self.logit_grad(start, stop).T @ self.hidden
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -252,7 +255,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         lse = torch.full((len(targets),), -torch.inf, device=hidden.device)
         right = torch.zeros_like(lse)
         for start, stop in head.pieces():
-            logits = (head.hidden @ unpack(head.weight.rows(start, stop), hidden.dtype).T).float()
+            logits = head.logits(start, stop)
             lse = torch.logaddexp(lse, logits.logsumexp(1))
             at, here = head.right(start, stop)
             right += (logits.gather(1, at) * here).squeeze(1)
@@ -266,7 +269,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head.scale = (dloss * ctx.share).unsqueeze(1)
         dx = torch.zeros_like(head.hidden, dtype=torch.float32)
         for start, stop in head.pieces():
-            weight = unpack(head.weight.rows(start, stop), head.hidden.dtype)
-            dx += (head.logit_grad(start, stop, weight) @ weight).float()
+            dx += matmul_back(head.logit_grad(start, stop), head.weight.rows(start, stop)).float()
         ctx.optimizer.take_head(head)
         return dx.to(head.hidden.dtype), None, None, None
