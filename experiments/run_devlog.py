@@ -88,7 +88,8 @@ def call(c: Comparison, overrides: list[str], seconds: float) -> int | None:
     """`python run.py -m`; None if it had to be ended. A run that fails or is killed is a row, so any exit code will do."""
     command = [sys.executable, "run.py", "-m", f"+experiment={c.experiment}", *QUIET, *overrides]
     exact = EXACT if c.calibrate and f"model={devlog.LOGS_MODEL}" not in overrides else {}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **exact}
+    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **exact}
     process = subprocess.Popen(command, env=environment)
     try:
         return process.wait(timeout=seconds)
