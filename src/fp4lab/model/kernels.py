@@ -42,7 +42,7 @@ class RmsNorm(torch.autograd.Function):
         parts = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
         each = -(-rows // (tile * programs))
         _norm_back[(programs,)](x, weight, rstd, dy, dx, parts, rows, x.shape[-1], each, R=tile, H=width, num_warps=warps)
-        return dx, parts.sum(0).to(weight.dtype), None
+        return dx, kernels.sum_parts(parts, weight.dtype), None
 
 
 class Rotate(torch.autograd.Function):

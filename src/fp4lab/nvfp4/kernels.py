@@ -24,6 +24,7 @@ try:
 except ImportError:  # older ones have no Gluon, or another
     gl = gluon = mma_v2 = constexpr_function = None
 
+FEW_PARTS = 64  # partial sums that one kernel adds as fast as torch's two
 WORDS = 512  # 32-bit words, of eight codes each, that one program decodes
 
 
@@ -57,6 +58,15 @@ def unpack(p: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if cols != padded:
         out = out[:, :cols]
     return out if out.shape == p.shape else out.reshape(p.shape)
+
+
+def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """parts fp32 [P, ...] -> their sum [...] in `dtype`, rounded once, added in the order of P."""
+    if len(parts) > FEW_PARTS:
+        return parts.sum(0).to(dtype)
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    _sum_parts[(-(-out.numel() // 1024),)](parts, out, out.numel(), len(parts), 1024, num_warps=4)
+    return out
 
 
 assert BLOCK == 16, "two words share a block scale"
@@ -138,6 +148,14 @@ if triton is not None:
     def join_signed(t, x):
         """Codes in bits 28..30 of t, whose bit 31 is 0, and the signs of x, fp32, both [N, 8] -> words [N]."""
         return join(t | (x.to(tl.int32, bitcast=True) & -2147483648))
+
+    @triton.jit
+    def _sum_parts(parts, out, size, count, N: tl.constexpr):
+        at = tl.program_id(0) * N + tl.arange(0, N)
+        total = tl.zeros((N,), tl.float32)
+        for part in range(0, count):
+            total += tl.load(parts + tl.cast(part, tl.int64) * size + at, mask=at < size, other=0.0)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
 
     @triton.jit
     def mix(x):

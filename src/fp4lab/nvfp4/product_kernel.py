@@ -69,9 +69,7 @@ def product_back(dy: Tensor, p: PackedTensor) -> Tensor:
         *(dy, *_parts(p), sums, n, rows, cols, each, _levels(p), lanes, WARPS, flight, *_backward_layouts(lanes)),
         num_warps=WARPS,
     )
-    out = torch.empty(n, cols, dtype=dy.dtype, device=dy.device)
-    _total[(-(-n * cols // 1024),)](sums, out, n * cols, parts, 1024, num_warps=4)
-    return out
+    return kernels.sum_parts(sums, dy.dtype)
 
 
 def _flight(chunks: int) -> int:
@@ -132,18 +130,6 @@ def _backward_layouts(lanes: int) -> tuple[Any, ...]:
 
 def _padded(bases: list[list[int]], rank: int) -> list[list[int]]:
     return [[*b, *([0] * (rank - len(b)))] for b in bases]
-
-
-if kernels.triton is not None:
-    from fp4lab.nvfp4.kernels import tl, triton
-
-    @triton.jit
-    def _total(sums, out, size, parts, N: tl.constexpr):
-        at = tl.program_id(0) * N + tl.arange(0, N)
-        total = tl.zeros((N,), tl.float32)
-        for part in range(0, parts):
-            total += tl.load(sums + tl.cast(part, tl.int64) * size + at, mask=at < size, other=0.0)
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
 
 
 if kernels.gl is not None:

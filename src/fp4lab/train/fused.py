@@ -24,6 +24,7 @@ from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.model.linears import ConsumingEmbedding, ConsumingLinear
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.nvfp4 import PackedTensor, matmul, matmul_back
+from fp4lab.train import head_kernel
 from fp4lab.train.adamw import AdamWOptions, ParameterState, count_blocks, update_rows
 from fp4lab.train.batches import IGNORE
 from fp4lab.train.health import Health
@@ -200,9 +201,8 @@ class FusedAdamW:
         heads, self._later = self._later, []
         for start in range(0, state.rows, VOCABULARY_CHUNK):
             stop = min(start + VOCABULARY_CHUNK, state.rows)
-            grad = torch.zeros(stop - start, state.cols, dtype=rows.dtype, device=rows.device)
-            for head in heads:
-                grad += head.grad(start, stop)
+            grads = [head.grad(start, stop) for head in heads]
+            grad = sum(grads[1:], grads[0]) if grads else rows.new_zeros(stop - start, state.cols)
             here = (ids >= start) & (ids < stop)
             grad.index_add_(0, (ids - start).clamp_(0, stop - start - 1), rows * here.unsqueeze(1))
             self.consume(EMBEDDING, grad, start)
@@ -212,7 +212,7 @@ class FusedAdamW:
 class Head:
     """What the gradient of the head's rows is made of: (softmax - one-hot)^T hidden, scaled.
 
-    hidden [N, H], targets [N], lse [N] fp32 (log of the sum of exponentials), scale [N, 1] fp32.
+    hidden [N, H], targets [N], lse [N] fp32 (log of the sum of exponentials), scale [N, 1] fp32; fast: by kernels.
     """
 
     weight: PackedTensor
@@ -220,25 +220,35 @@ class Head:
     targets: Tensor
     lse: Tensor
     scale: Tensor
+    fast: bool
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         rows = self.weight.shape[0]
         for start in range(0, rows, VOCABULARY_CHUNK):
             yield start, min(start + VOCABULARY_CHUNK, rows)
 
-    def right(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Where in rows start..stop each target is [N, 1] int64, and whether it is there [N, 1]."""
-        at = (self.targets - start).unsqueeze(1)
-        return at.clamp(0, stop - start - 1), (at >= 0) & (at < stop - start)
-
     def logits(self, start: int, stop: int) -> Tensor:
-        """Of rows start..stop, [N, stop - start] fp32."""
-        return matmul(self.hidden, self.weight.rows(start, stop)).float()
+        """Of rows start..stop, [N, stop - start] in the compute dtype."""
+        return matmul(self.hidden, self.weight.rows(start, stop))
+
+    def add(self, start: int, stop: int, right: Tensor) -> None:
+        """Takes the logits of rows start..stop into `lse`, and those of targets among them into right [N] fp32."""
+        logits = self.logits(start, stop)
+        if self.fast:
+            head_kernel.add_chunk(logits, self.targets, start, self.lse, right)
+            return
+        logits = logits.float()
+        torch.logaddexp(self.lse, logits.logsumexp(1), out=self.lse)
+        at, here = self._place(start, stop)
+        right += (logits.gather(1, at) * here).squeeze(1)
 
     def logit_grad(self, start: int, stop: int) -> Tensor:
         """Gradient of the logits of rows start..stop, [N, stop - start] in the compute dtype."""
-        p = (self.logits(start, stop) - self.lse.unsqueeze(1)).exp_()
-        at, here = self.right(start, stop)
+        logits = self.logits(start, stop)
+        if self.fast:
+            return head_kernel.softmax_grad_(logits, self.targets, start, self.lse, self.scale)
+        p = (logits.float() - self.lse.unsqueeze(1)).exp_()
+        at, here = self._place(start, stop)
         p.scatter_add_(1, at, -here.float())
         return p.mul_(self.scale).to(self.hidden.dtype)
 
@@ -246,27 +256,28 @@ class Head:
         """Gradient of the rows start..stop of the head, [stop - start, H]."""
         return self.logit_grad(start, stop).T @ self.hidden
 
+    def _place(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Where in rows start..stop each target is [N, 1] int64, and whether it is there [N, 1]."""
+        at = (self.targets - start).unsqueeze(1)
+        return at.clamp(0, stop - start - 1), (at >= 0) & (at < stop - start)
+
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, share: Tensor, optimizer: FusedAdamW) -> Tensor:
         """Two passes over the vocabulary in all: here for the sum of exponentials, in the backward for the gradients."""
-        head = Head(optimizer.head, hidden.detach(), targets, *hidden.new_zeros(2, dtype=torch.float32))
         lse = torch.full((len(targets),), -torch.inf, device=hidden.device)
-        right = torch.zeros_like(lse)
+        right, fast = torch.zeros_like(lse), optimizer.options.kernels and head_kernel.take(hidden)
+        head = Head(optimizer.head, hidden.detach(), targets, lse, torch.zeros_like(lse).unsqueeze(1), fast)
         for start, stop in head.pieces():
-            logits = head.logits(start, stop)
-            lse = torch.logaddexp(lse, logits.logsumexp(1))
-            at, here = head.right(start, stop)
-            right += (logits.gather(1, at) * here).squeeze(1)
-        head.lse = lse
+            head.add(start, stop, right)
         ctx.head, ctx.optimizer, ctx.share = head, optimizer, share
         return ((lse - right) * share).sum()
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None]:
         head: Head = ctx.head
-        head.scale = (dloss * ctx.share).unsqueeze(1)
+        head.scale = (dloss * ctx.share).unsqueeze(1).contiguous()
         dx = torch.zeros_like(head.hidden, dtype=torch.float32)
         for start, stop in head.pieces():
             dx += matmul_back(head.logit_grad(start, stop), head.weight.rows(start, stop)).float()
