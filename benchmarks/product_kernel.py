@@ -1,4 +1,4 @@
-"""Products of few tokens with Qwen3-4B's linears: decoded on the way, beside decoding first and cuBLAS, and beside bf16 weights.
+"""Products of few tokens with Qwen3-4B's linears that decode on the way, beside decoding first, and beside bf16 weights.
 
 python benchmarks/product_kernel.py [--layers 8] [--tokens 1,8,16,32] [--repeat 20]
 
