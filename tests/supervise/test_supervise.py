@@ -1,6 +1,7 @@
 """supervise(): every way a worker can end, with real processes."""
 
 import json
+import os
 import signal
 import threading
 
@@ -8,7 +9,7 @@ import pytest
 from toys import events, gone_within, of, settings, text_of
 
 from fp4lab.config import fingerprint
-from fp4lab.supervise import client
+from fp4lab.supervise import client, registry
 from fp4lab.supervise.ledger import write_atomic
 from fp4lab.supervise.resume import finished
 from fp4lab.supervise.run import refused, supervise
@@ -243,6 +244,44 @@ def test_an_interrupted_supervisor_does_not_wait_for_ever(supervisor, tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["status"], result["signal"]) == ("interrupted", "SIGKILL")
     assert gone_within(3, worker, server)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_while_the_worker_is_being_started_waits(go, tmp_path, monkeypatch, number):
+    """There is a worker, and nobody watches it yet: the interruption must reach it all the same."""
+    enter, seen = registry.enter, []
+
+    def interrupted(server: int, worker: int, out_dir):
+        seen.append(worker)
+        os.kill(os.getpid(), number)
+        return enter(server, worker, out_dir)
+
+    monkeypatch.setattr(registry, "enter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go("sleep")
+    assert gone_within(1, *seen) and client.server().alive
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["status"] == "interrupted" and (result["exit_code"] == 130 or result["signal"] == "SIGTERM")
+
+
+def test_a_worker_hears_a_signal_from_its_first_moment_on(go, monkeypatch):
+    """It inherits the server's handler, which drops SIGTERM: until it has its own, the signal waits."""
+    spawn = client.WorkerServer.func.spawn  # the fixture's partial
+
+    def at_once(self, *args):
+        pid = spawn(self, *args)
+        os.kill(pid, signal.SIGTERM)
+        return pid
+
+    monkeypatch.setattr(client.WorkerServer.func, "spawn", at_once)
+    for _ in range(5):
+        result, _ = go("slow")
+        assert result["status"] == "interrupted", "the signal was dropped"
+
+
+def test_a_worker_that_is_done_completed_whatever_the_guard_wanted(go, monkeypatch):
+    result, _ = go("done_when_asked", wall_s=0.2)
+    assert (result["status"], result["exit_code"]) == ("completed", 0)
 
 
 def test_refused(tmp_path):

@@ -1,5 +1,6 @@
 """A worker without torch: `main` does whatever `config["toy"]` names, the bad things included."""
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -48,6 +49,12 @@ def many(emit: Emit) -> None:
 
 def slow(emit: Emit) -> None:
     time.sleep(0.5)
+
+
+def done_when_asked(emit: Emit) -> None:
+    """A SIGTERM in the very moment in which the task ends."""
+    with contextlib.suppress(Exception):
+        time.sleep(60)
 
 
 def sleep(emit: Emit) -> None:

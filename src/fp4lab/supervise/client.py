@@ -56,6 +56,11 @@ class WorkerServer:
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    def wait(self) -> None:
+        """Returns when the server has its imports. Raises ServerDied."""
+        while not self.ready:
+            self.listen()
+
     def spawn(self, entry: str, config: dict[str, Any], event_fd: int, log_fd: int) -> int:
         """Forks a worker and returns its pid. Waits for the imports if they are not done. Raises ServerDied."""
         return self._fork({"entry": entry, "config": config}, [event_fd, log_fd])

@@ -59,8 +59,8 @@ def supervise(
 def watch(
     ledger: Ledger, servers: Callable[[], WorkerServer], launch: Launch, choices: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """The life of one process that `launch` starts; see `supervise`."""
-    run = _Run(ledger, choices or {})
+    """The life of one process that `launch` starts; see `supervise`. `choices` is None for a command that is not ours."""
+    run = _Run(ledger, choices)
     interruption: KeyboardInterrupt | None = None
     try:
         with _interruptible():
@@ -83,8 +83,8 @@ def watch(
 class _Run:
     """The state of one run in the supervisor."""
 
-    def __init__(self, ledger: Ledger, choices: dict[str, str]):
-        self.ledger, self.choices = ledger, choices
+    def __init__(self, ledger: Ledger, choices: dict[str, str] | None):
+        self.ledger, self.choices, self.ours = ledger, choices or {}, choices is not None
         self.limits = Limits.of(ledger.config["guard"])
         self.oom = OomCounts.now()
         self.ended: tuple[str, str] | None = None  # status and reason, where the supervisor decided
@@ -118,15 +118,17 @@ class _Run:
             self.ended = ("failed", "not started: " + "; ".join(failing))
             return
         self._workers = workers
+        workers.wait()  # can take seconds, and may be interrupted
         self._pipe, events = os.pipe()
         os.set_blocking(self._pipe, False)
-        try:
-            self.pid = launch(workers, events)
-        finally:
-            os.close(events)
-        self.entry = registry.enter(workers.pid, self.pid, ledger.out_dir)
-        self.sentinel = Sentinel(self.limits, config["guard"]["sample_s"], reader, before, workers.pid, self.pid)
-        self.sentinel.start()
+        with _held_back():
+            try:
+                self.pid = launch(workers, events)
+            finally:
+                os.close(events)
+            self.entry = registry.enter(workers.pid, self.pid, ledger.out_dir)
+            self.sentinel = Sentinel(self.limits, config["guard"]["sample_s"], reader, before, workers.pid, self.pid)
+            self.sentinel.start()
         self._listen()
 
     def _listen(self) -> None:
@@ -188,7 +190,8 @@ class _Run:
         """Status and reason."""
         if self.ended is not None:
             return self.ended
-        if self.sentinel is not None and self.sentinel.ended is not None:
+        done = self.ours and self.exit is not None and self.exit.code == 0  # a command may say so to a SIGTERM
+        if self.sentinel is not None and self.sentinel.ended is not None and not done:
             return self.sentinel.ended
         if self.exit is None:
             return "failed", "the worker did not start"
@@ -262,6 +265,28 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the end of this, where this is the main thread.
+
+    So there is no moment in which a worker runs and nobody watches it; nor one in which a lock is taken and never given back,
+    as by an exception in `threading`'s own `__enter__`. Blocking them would not do: another thread would take them for us.
+    """
+    held: list[int] = []
+    try:
+        before = {n: signal.signal(n, lambda number, _: held.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+        for number in held[:1]:
+            signal.raise_signal(number)
 
 
 def last_lines(path: Path, count: int = 3) -> str:

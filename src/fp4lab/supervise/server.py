@@ -90,9 +90,13 @@ class _Server:
         for fd in fds:
             os.set_inheritable(fd, False)
         request = json.loads(_receive(self.sock, int.from_bytes(head, "little")))
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGTERM}
+        )  # our handler, which the child has at first, drops it
         pid = os.fork()
         if pid == 0:
             _child(request, fds, self.sock)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for fd in fds:
             os.close(fd)
         self.workers.add(pid)
@@ -175,9 +179,15 @@ def _child(request: dict[str, Any], fds: list[int], sock: socket.socket) -> None
         os._exit(code)
 
 
+def _hear_sigterm() -> None:
+    """From here on, also one that was sent since the fork."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def _command(argv: list[str], *stdio: int) -> None:
     for target, fd in enumerate(stdio):
         os.dup2(fd, target)
+    _hear_sigterm()
     try:
         os.execvp(argv[0], argv)
     except OSError as error:
@@ -191,6 +201,7 @@ def _worker(request: dict[str, Any], event_fd: int, log_fd: int) -> int:
     for target, fd in enumerate((null, log_fd, log_fd)):
         os.dup2(fd, target)
     code = _run(request, event_fd)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # everything is done and told
     sys.stdout.flush()
     sys.stderr.flush()
     return code
@@ -210,6 +221,7 @@ def _run(request: dict[str, Any], event_fd: int) -> int:
 
     module, name = request["entry"].split(":")
     try:
+        _hear_sigterm()
         entry: Callable[[dict, events.Emit], None] = getattr(importlib.import_module(module), name)
         entry(request["config"], emit)
         return 0
