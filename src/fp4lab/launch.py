@@ -1,16 +1,21 @@
 """Between Hydra and the supervisor: one composed config in, one supervised run out. No torch."""
 
+import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
 
 from fp4lab.choices import check
 from fp4lab.config import fingerprint, to_dict
 from fp4lab.errors import UserError
 from fp4lab.events import STATUSES
 from fp4lab.supervise.client import server
-from fp4lab.supervise.resume import finished
+from fp4lab.supervise.resume import RESULT, finished
 from fp4lab.supervise.run import EVENTS, refused, supervise
 from fp4lab.tracking.base import Tracker
 from fp4lab.tracking.chatlog import ChatLog
@@ -18,6 +23,7 @@ from fp4lab.tracking.console import ConsoleTracker
 from fp4lab.tracking.jsonl import JsonlTracker
 
 _codes: list[int] = []
+_CLOCKS_S = 2.0  # by which another machine's clock may be behind
 
 
 def job(cfg: Any) -> float | None:
@@ -57,8 +63,25 @@ def job(cfg: Any) -> float | None:
 
 
 def exit_code() -> int:
-    """0 if every run of this process completed or stopped as planned, else the code of the first that did not."""
+    """0 if every run completed or stopped as planned, else the code of the first that did not."""
     return next((c for c in _codes if c), 0)
+
+
+class CodesFromElsewhere(Callback):
+    """Named in conf/config.yaml. A launcher of other processes (joblib, submitit) leaves us the results, and no codes."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        self.began = time.time()
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if not _codes:
+            _codes.extend(codes_in(Path(config.hydra.sweep.dir), self.began))
+
+
+def codes_in(folder: Path, since: float) -> list[int]:
+    """The codes of the runs below `folder` that ended after `since` (seconds of the epoch), by name."""
+    paths = [p for p in sorted(folder.rglob(RESULT)) if p.stat().st_mtime >= since - _CLOCKS_S]
+    return [STATUSES[json.loads(p.read_text(encoding="utf-8"))["status"]] for p in paths]
 
 
 def _trackers(
