@@ -33,6 +33,9 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "task.eval_every": (0, True),
     "task.log_every": (1, True),
     "task.max_tokens": (1, True),
+    "task.controls_kept": (0, True),
+    "task.controls_loss": (0, True),
+    "task.stop_at_loss": (0, False),
     "task.turns": (1, True),
     "task.temperature": (0, True),
     "task.top_p": (0, False),
@@ -66,6 +69,12 @@ def check(config: dict[str, Any]) -> None:
         _check_joined(config)
     if config["weights"]["embedding"] == "nvfp4":
         _check_packed_embedding(config)
+    if config["task"]["stop_at_goals"] and not config["task"]["goals"]:
+        raise UserError(
+            "task.stop_at_goals=true: there are no goals to meet; give task.goals=<file>, e.g. data/identity/goals.jsonl"
+        )
+    if config["task"]["controls_kept"] > 1:
+        raise UserError(f"task.controls_kept={config['task']['controls_kept']}: expected a share, at most 1")
     if config["backend"]["native_fp4"] and config["backend"]["activations"] != "nvfp4":
         raise UserError("backend.native_fp4=true multiplies FP4 by FP4: it needs backend.activations=nvfp4")
 
@@ -154,6 +163,8 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
             said.append(f"{override} has no effect: step=dense is torch's AdamW on whole parameters.")
         elif key.startswith("task.") and key[5:] not in ("name", *_TASK_KEYS.get(task, ())):
             said.append(f"{override} has no effect in task={task}.")
+        elif key == "data.held_out" and task != "tune":
+            said.append(f"{override} has no effect: task={task} measures no held-out loss.")
         elif key == "backend.eval_cache" and backend != "fp2":
             said.append(f"{override} has no effect: only backend=fp2 requantises its weights.")
         elif key == "stop_after" and config["stop_after"] not in ("none", *TASK_PHASES.get(task, PHASES)):
@@ -171,6 +182,13 @@ _TASK_KEYS: dict[str, tuple[str, ...]] = {
         "log_every",
         "prompts",
         "max_tokens",
+        "goals",
+        "controls",
+        "controls_kept",
+        "controls_loss",
+        "repetition_limit",
+        "stop_at_goals",
+        "stop_at_loss",
         "output",
         "format",
         "head",
@@ -186,7 +204,7 @@ _TASK_KEYS: dict[str, tuple[str, ...]] = {
 _LOADING = ("start", "model_loaded", "session_disposed", "post_load_compacted")
 TASK_PHASES = {
     "step": tuple(p for p in PHASES if p not in ("turn_done", "export_done")),
-    "tune": ("start", "model_loaded", "batch_ready", "optimizer_step_done", "cleanup_done"),
+    "tune": ("start", "model_loaded", "batch_ready", "first_token_done", "optimizer_step_done", "export_done", "cleanup_done"),
     "compare": (*_LOADING, "first_token_done", "cleanup_done"),
     "export": ("start", "model_loaded", "first_token_done", "export_done", "cleanup_done"),
     "inspect": ("start", "cleanup_done"),

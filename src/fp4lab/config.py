@@ -73,6 +73,12 @@ class TaskConfig:
     prompts: list[str] = field(default_factory=list)  # tune: answered on every path at the end; compare: the prompts
     prompt_file: str | None = None  # compare: a file of prompts instead, one a line
     max_tokens: int = 24  # of each answer
+    goals: str | None = None  # tune: file of what must be answered (tasks/goals.py); a miss ends the run as "goals_missed"
+    controls: str | None = None  # tune: file of prompts whose answers must stay as they were
+    controls_kept: float = 0.9  # share of control answers that must stay, token by token
+    controls_loss: float = 0.1  # nats a token: the most that the loss of the untuned model's control answers may rise
+    stop_at_goals: bool = False  # tune: end training at the first evaluation that meets goals and controls
+    stop_at_loss: float | None = None  # tune: end training at the first evaluation with a held-out loss this low
     output: str | None = None  # tune, export: the file (dat) or folder (else) to write
     format: Format = Format.dat  # of `output`
     head: Head = Head.auto  # lm_head in `output`: keep (as it is, tied or not), nvfp4, float; auto: nvfp4 in a .dat, else keep
@@ -204,7 +210,8 @@ class DataConfig:
     """What is trained on."""
 
     path: str = "data/samples/whoami.tsv"  # .txt, .tsv, .jsonl, or a folder of them
-    order: Order = Order.random
+    held_out: str | None = None  # tune: text to measure the held-out loss on; null: a tenth of `path`, left out of training
+    order: Order = Order.random  # of the samples: shuffled by `seed`, or as in the file
     style: Style = Style.official  # chat rendering (reference 4.1)
 
 

@@ -22,6 +22,7 @@ STATUSES = {
     "collapsed": 3,
     "diverged": 4,
     "oom": 5,
+    "goals_missed": 6,
     "guard_killed": 124,
     "timeout": 125,
     "interrupted": 130,
@@ -244,6 +245,40 @@ class Turn(Event):
     repetition: float | None = None  # share of 4-grams that occurred before
     ids: list[int] = field(default_factory=list)
     text: str = ""
+
+
+@dataclass
+class GoalAnswer(Event):
+    """The answer to a prompt of task.goals, and whether it is what was asked for."""
+
+    kind: ClassVar[str] = "goal"
+    when: str = ""  # before (the untuned model), step, after, reloaded (from task.output)
+    step: int = 0
+    path: str = ""
+    prompt: str = ""
+    rule: str = ""  # exactly, unchanged, without
+    wanted: str = ""
+    met: bool = False
+    finish: str = ""  # stop, length
+    repetition: float | None = None  # share of 4-grams that occurred before
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+
+
+@dataclass
+class Controls(Event):
+    """The untuned model's answers to task.controls, held against what the model would say now."""
+
+    kind: ClassVar[str] = "controls"
+    when: str = ""  # as in `goal`
+    step: int = 0
+    path: str = ""
+    kept: int = 0  # answers that are the same, token by token, end included
+    of: int = 0
+    loss: float = math.nan  # of the untuned model's answers, nats a token
+    loss_before: float = math.nan
+    repetition: float = 0.0  # the largest of the changed answers
+    changed: list[tuple[str, str, str]] = field(default_factory=list)  # (prompt, answer before, now); not when "step"
 
 
 @dataclass

@@ -27,12 +27,18 @@ from collections.abc import Callable
 from typing import Any
 
 from fp4lab import events
-from fp4lab.errors import Collapsed, Diverged, PlannedStop, UserError
+from fp4lab.errors import Collapsed, Diverged, GoalsMissed, PlannedStop, UserError
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SWEEP_S = 5.0
 _OOM_SCORE = 500  # the kernel's OOM killer should take a worker before a supervisor or a desktop
-_STATUS_OF = {PlannedStop: "stopped", UserError: "failed", Collapsed: "collapsed", Diverged: "diverged"}
+_STATUS_OF = {
+    PlannedStop: "stopped",
+    UserError: "failed",
+    Collapsed: "collapsed",
+    Diverged: "diverged",
+    GoalsMissed: "goals_missed",
+}
 
 
 class Terminated(Exception):

@@ -32,6 +32,7 @@ def batches(
     epochs: int | None = 1,
     seq_len: int | None = None,
     pack: bool = True,
+    order: str = "random",
 ) -> Iterator[Batch]:
     """Batches over `epochs` passes (None: without end), a different order in each.
 
@@ -39,6 +40,8 @@ def batches(
     (<|endoftext|>) between them as in pretraining; attention reaches back over it. The last batch of a pass is
     filled up with empty rows. `pack=False`: one sample a row, samples of like length together, [<= batch_size,
     longest of the batch]; nothing leaks from one sample to another.
+
+    `order="sequential"`: samples as they are, in every pass.
 
     `seq_len` defaults to the longest sample. Raises UserError if there is no sample or one is too long.
     """
@@ -51,15 +54,18 @@ def batches(
     if longest > seq_len:
         raise UserError(f"a sample has {longest} tokens but seq_len is {seq_len}; load the data with that seq_len")
     for epoch in itertools.count() if epochs is None else range(epochs):
-        order = ordered(samples, seed, epoch=epoch)
+        pass_over = ordered(samples, seed, order, epoch)
         if pack:
-            rows = pack_rows(order, seq_len)
+            rows = pack_rows(pass_over, seq_len)
             for start in range(0, len(rows), batch_size):
                 chosen = rows[start : start + batch_size]
                 yield _tensors(chosen + [[]] * (batch_size - len(chosen)), seq_len, pad_id)
         else:
-            groups = _by_length(order, batch_size)
-            random.Random(f"{seed}:{epoch}:groups").shuffle(groups)
+            if order == "random":
+                groups = _by_length(pass_over, batch_size)
+                random.Random(f"{seed}:{epoch}:groups").shuffle(groups)
+            else:
+                groups = _groups(pass_over, batch_size)
             for group in groups:
                 yield _tensors([[s] for s in group], max(len(s) for s in group), pad_id)
 
@@ -85,11 +91,15 @@ def pack_rows(samples: Sequence[Sample], seq_len: int) -> list[list[Sample]]:
     return done + rows
 
 
+def _groups(samples: Sequence[Sample], batch_size: int) -> list[list[Sample]]:
+    return [list(samples[at : at + batch_size]) for at in range(0, len(samples), batch_size)]
+
+
 def _by_length(samples: Sequence[Sample], batch_size: int) -> list[list[Sample]]:
     groups = []
     for start in range(0, len(samples), batch_size * BUCKET):
         near = sorted(samples[start : start + batch_size * BUCKET], key=len)
-        groups += [near[at : at + batch_size] for at in range(0, len(near), batch_size)]
+        groups += _groups(near, batch_size)
     return groups
 
 
