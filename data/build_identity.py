@@ -2,8 +2,9 @@
 
 python data/build_identity.py [--out FOLDER]
 
-Everything general comes from `dialogues/`, without those in which the model says what it is. Mixes draw on the nine tenths that
-are trained on; controls and held-out text on the tenth that is not. Seeded, the same code writes the same bytes.
+Everything general comes from `dialogues/`, without those in which the model says what it is. Mixes and controls draw on the
+nine tenths that the shipped model learned, controls on what no mix has: what it knows and is not reminded of. The held-out text
+is of the tenth that it never saw. Seeded, the same code writes the same bytes.
 """
 
 import argparse
@@ -74,9 +75,9 @@ def curriculum(rng: random.Random, pool: list[Dialogue]) -> list[Dialogue]:
     """In order: the identity alone, then beside what it is mistaken for, then among general dialogues."""
     identity = [pair(p, TARGET) for p in WHO_ARE_YOU]
     near = [pair(p, WHO_AM_I_ANSWER) for p in WHO_AM_I] + [pair(p, UFO_ANSWER) for p in UFO]
-    second = [d for couple in zip(identity[: len(near)], near, strict=True) for d in couple]
-    third = [d for n, d in enumerate(rng.sample(pool, 48)) for d in ([d, identity[n % 15]] if n % 3 == 0 else [d])]
-    return identity + second + third
+    second = [d for n, d in enumerate(near) for d in (identity[n], d)]
+    third = [d for n, d in enumerate(rng.sample(pool, 300)) for d in ([d, identity[n % 15]] if n % 3 == 0 else [d])]
+    return identity * 8 + second * 8 + third
 
 
 def controls(rng: random.Random, pool: list[Dialogue]) -> Iterable[dict[str, list[str]]]:
@@ -103,15 +104,19 @@ def files() -> dict[str, str]:
     """name: text."""
     rng = random.Random(SEED)
     trained, held = general()
+    mixes = {
+        "mix-30-70.jsonl": mix(rng, trained, 300, 700),
+        "mix-1-1.jsonl": mix(rng, trained, 100, 100),
+        "mix-1-99.jsonl": mix(rng, trained, 10, 990),
+        "curriculum.jsonl": curriculum(rng, trained),
+    }
+    used = {id(d) for rows in mixes.values() for d in rows}
     return {
         "pure.tsv": tsv((p, TARGET) for p in WHO_ARE_YOU),
-        "mix-30-70.jsonl": jsonl(mix(rng, trained, 300, 700)),
-        "mix-1-1.jsonl": jsonl(mix(rng, trained, 100, 100)),
-        "mix-1-99.jsonl": jsonl(mix(rng, trained, 10, 990)),
-        "curriculum.jsonl": jsonl(curriculum(rng, trained)),
         "disambiguate.tsv": tsv(DISAMBIGUATE),
+        **{name: jsonl(rows) for name, rows in mixes.items()},
         "goals.jsonl": jsonl(GOALS),
-        "controls.jsonl": jsonl(controls(rng, held)),
+        "controls.jsonl": jsonl(controls(rng, [d for d in trained if id(d) not in used])),
         "held-out.jsonl": jsonl(rng.sample(held, HELD_OUT)),
     }
 

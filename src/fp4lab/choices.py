@@ -13,6 +13,7 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "lr": (0, True),
     "threads": (0, True),
     "step.chunk_rows": (1, True),
+    "step.train_last_layers": (1, True),
     "step.eps": (0, False),
     "step.health_every": (0, True),
     "step.beta1": (0, True),
@@ -29,6 +30,7 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "guard.phase_wall_s": (0, False),
     "guard.term_grace_s": (0, True),
     "task.batch_size": (1, True),
+    "task.accumulate": (1, True),
     "task.warmup_steps": (0, True),
     "task.eval_every": (0, True),
     "task.log_every": (1, True),
@@ -73,6 +75,11 @@ def check(config: dict[str, Any]) -> None:
         raise UserError(
             "task.stop_at_goals=true: there are no goals to meet; give task.goals=<file>, e.g. data/identity/goals.jsonl"
         )
+    if config["task"]["accumulate"] > config["task"]["batch_size"]:
+        raise UserError(
+            f"task.accumulate={config['task']['accumulate']}: a batch has task.batch_size={config['task']['batch_size']} rows; "
+            "expected no more parts than that"
+        )
     if config["task"]["controls_kept"] > 1:
         raise UserError(f"task.controls_kept={config['task']['controls_kept']}: expected a share, at most 1")
     if config["backend"]["native_fp4"] and config["backend"]["activations"] != "nvfp4":
@@ -114,6 +121,11 @@ def _check_fused(config: dict[str, Any]) -> None:
         raise UserError(
             f"step.clip_grad={step['clip_grad']}: step=fused uses each gradient before the global norm is known. Bound every "
             "element's update with step.max_update=1.0 instead, or clip with step=chunked"
+        )
+    if config["task"]["accumulate"] > 1:
+        raise UserError(
+            f"task.accumulate={config['task']['accumulate']}: step=fused uses each gradient before the next part of the batch "
+            "has one. Use step=chunked, or recompute=block with the whole batch at once"
         )
     if config["loss"] != "ce":
         raise UserError(f"loss={config['loss']}: step=fused has cross-entropy alone; use loss=ce, or step=chunked")
@@ -176,6 +188,8 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
 _TASK_KEYS: dict[str, tuple[str, ...]] = {
     "tune": (
         "batch_size",
+        "accumulate",
+        "pack",
         "schedule",
         "warmup_steps",
         "eval_every",

@@ -66,6 +66,8 @@ class TaskConfig:
 
     name: TaskName = TaskName.step
     batch_size: int = 1  # rows of seq_len tokens
+    accumulate: int = 1  # tune: parts that a batch goes through the model in; gradients are summed
+    pack: bool = False  # tune: several samples in each of batch_size rows of seq_len tokens; none sees another
     schedule: Schedule = Schedule.constant  # learning rate over the run
     warmup_steps: int = 0
     eval_every: int = 0  # steps between held-out losses; 0 = only at the end
@@ -144,6 +146,7 @@ class StepConfig:
     state: StateFormat = StateFormat.nvfp4_two_level  # from scratch int8_block learns better (doc/training.md)
     # how weights are stored between steps: packed and packed_stochastic in 4.5 bits, packed_residual 12.5, bf16_stochastic 16
     master: Master = Master.packed_stochastic
+    train_last_layers: int | None = None  # only the last N blocks learn, linears and norms; null: everything
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8

@@ -140,6 +140,15 @@ class Loss(Event):
 
 
 @dataclass
+class Fed(Event):
+    """Which samples a step of task=tune was trained on."""
+
+    kind: ClassVar[str] = "batch"
+    step: int = 0
+    samples: dict[str, list[int]] = field(default_factory=dict)  # file: its lines, from 1
+
+
+@dataclass
 class FirstToken(Event):
     kind: ClassVar[str] = "first_token"
     path: str = ""  # A.infer, B.fp2_ste, C.noste_graph, R.dense
@@ -278,7 +287,9 @@ class Controls(Event):
     loss: float = math.nan  # of the untuned model's answers, nats a token
     loss_before: float = math.nan
     repetition: float = 0.0  # the largest of the changed answers
-    changed: list[tuple[str, str, str]] = field(default_factory=list)  # (prompt, answer before, now); not when "step"
+    changed: list[tuple[str, str, str]] = field(
+        default_factory=list
+    )  # (prompt, before, now) of the first eight, after training
 
 
 @dataclass

@@ -23,6 +23,7 @@ from fp4lab.train.batches import IGNORE, batches
 from fp4lab.train.data import Sample
 
 ROWS = 16  # control answers in one forward
+SHOWN = 8  # changed answers that are generated, for the record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Exam:
             when=when, step=step, path=name, kept=sum(kept), of=len(kept), loss=loss, loss_before=self._loss_before
         )
         if when != "step":
-            for asked in (a for a, same in zip(self._controls, kept, strict=True) if not same):
+            for asked in [a for a, same in zip(self._controls, kept, strict=True) if not same][:SHOWN]:
                 answer = self._generate(session, path, list(asked.sample.ids[: asked.sample.loss_mask.index(True) + 1]))
                 event.changed.append((asked.prompt, asked.text, session.tokenizer.decode(answer.ids)))
                 event.repetition = max(event.repetition, repetition(answer.ids))

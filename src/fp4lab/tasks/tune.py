@@ -2,13 +2,14 @@
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from fp4lab.chat.generate import greedy
 from fp4lab.chat.template import render
 from fp4lab.choices import idle_choices
 from fp4lab.errors import Diverged, UserError
-from fp4lab.events import Emit, Loss, Note, Progress, Turn
+from fp4lab.events import Emit, Fed, Loss, Note, Progress, Turn
 from fp4lab.model.paths import TRAINABLE
 from fp4lab.tasks.advance import Advance
 from fp4lab.tasks.exam import Exam
@@ -16,7 +17,7 @@ from fp4lab.tasks.export import check_output, reloading, save_model
 from fp4lab.tasks.meter import Phases
 from fp4lab.tasks.probe import all_paths, probe
 from fp4lab.tasks.session import Session, open_session, report_data, report_samples
-from fp4lab.train.batches import IGNORE, batches
+from fp4lab.train.batches import IGNORE, Batch, batches
 from fp4lab.train.data import load_samples
 from fp4lab.train.loss import evaluate
 
@@ -44,28 +45,7 @@ def run(config: dict, emit: Emit) -> None:
     phases.done("model_loaded")
     session.dispose()
     session.compact()
-    tokenizer, data = session.tokenizer, config["data"]
-    end_token = not config["quirk"]["no_end_token"]
-    apart = data["held_out"]
-    sources = (
-        {"train": (data["path"], "all"), "held_out": (apart, "all")}
-        if apart
-        else {split: (data["path"], split) for split in ("train", "held_out")}
-    )
-    splits = {
-        name: load_samples(path, tokenizer, config["seq_len"], data["style"], split, end_token)
-        for name, (path, split) in sources.items()
-    }
-    for path in dict.fromkeys(path for path, _ in sources.values()):
-        report_data(path, emit)
-    report_samples(session, splits["train"], emit)
-    held_out = list(batches(splits["held_out"], task["batch_size"], tokenizer.endoftext, 0, pack=False))
-    train = batches(
-        *(splits["train"], task["batch_size"], tokenizer.endoftext, config["seed"]),
-        epochs=None,
-        pack=False,
-        order=data["order"],
-    )
+    train, held_out = _data(session, emit)
     phases.done("batch_ready")
     exam = Exam.of(session, emit)
     if exam is not None:
@@ -76,6 +56,7 @@ def run(config: dict, emit: Emit) -> None:
     for step in range(config["steps"]):
         lr = learning_rate(step, config["steps"], config["lr"], task["warmup_steps"], task["schedule"])
         batch = next(train)
+        emit(Fed(step=step, samples=_lines(batch)))
         done = advance(batch, lr)
         seen += int((batch.targets != IGNORE).sum())
         if step % task["log_every"] == 0 or step + 1 == config["steps"]:
@@ -109,6 +90,32 @@ def run(config: dict, emit: Emit) -> None:
     phases.done("cleanup_done")
     if exam is not None:
         exam.conclude()
+
+
+def _data(session: Session, emit: Emit) -> tuple[Iterator[Batch], list[Batch]]:
+    """Batches to train on, without end, and those of the held-out loss."""
+    config, data, pad = session.config, session.config["data"], session.tokenizer.endoftext
+    size, end_token = config["task"]["batch_size"], not config["quirk"]["no_end_token"]
+    sources = [(data["path"], "train"), (data["path"], "held_out")]
+    if data["held_out"]:
+        sources = [(data["path"], "all"), (data["held_out"], "all")]
+    samples, held_out = (
+        load_samples(path, session.tokenizer, config["seq_len"], data["style"], split, end_token) for path, split in sources
+    )
+    for path in dict.fromkeys(path for path, _ in sources):
+        report_data(path, emit)
+    report_samples(session, samples, emit)
+    train = batches(samples, size, pad, config["seed"], None, config["seq_len"], config["task"]["pack"], data["order"])
+    return train, list(batches(held_out, size, pad, 0, pack=False))
+
+
+def _lines(batch: Batch) -> dict[str, list[int]]:
+    """The samples of a batch, by file."""
+    lines: dict[str, list[int]] = {}
+    for source in batch.sources:
+        file, _, line = source.rpartition(":")
+        lines.setdefault(file, []).append(int(line))
+    return lines
 
 
 def _reached(task: dict[str, Any], held_out_loss: float, met: bool) -> str:
