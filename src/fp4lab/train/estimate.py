@@ -241,7 +241,8 @@ def _activations(shape: Qwen3Config, config: dict[str, Any], size: int, trained:
     """What one forward keeps. A token of a layer: the norms' inputs and outputs in fp32 and `size`, q, k, v before and
     after their norm and rotation, the attention's output, gate, up and their product.
     """
-    tokens = config["seq_len"] * (config["task"]["batch_size"] if config["task"]["name"] == "tune" else 1)
+    rows = -(-config["task"]["batch_size"] // config["task"]["accumulate"]) if config["task"]["name"] == "tune" else 1
+    tokens = config["seq_len"] * rows
     h, q, kv, i = shape.hidden_size, shape.q_size, shape.kv_size, shape.intermediate_size
     each = (6 * h + 4 * q + 6 * kv + 4 * i) * size
     layers = (config["step"]["train_last_layers"] or shape.num_hidden_layers) if trained else 1
