@@ -32,7 +32,7 @@ def save(runs: pd.DataFrame, path: Path) -> None:
         axes.set_title(f"{NAMES[form[0]]}\n{MOMENTS[form[1]]}, {mine['state_mib'].iloc[0]:.0f} MiB", fontsize=9)
     for axes in list(panels.flat)[len(formats) :]:
         axes.set_visible(False)
-    bar = figure.colorbar(image, ax=panels, shrink=0.8, label="control answers kept (worst path)")
+    bar = figure.colorbar(image, ax=panels, shrink=0.8, pad=0.02, label="control answers kept (worst path)")
     bar.ax.yaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     title = "Goals met of 3, and controls kept. Framed: 3 of 3 within the bounds on controls. Empty: not run"
     figure.suptitle(title, fontsize=10)
@@ -49,7 +49,8 @@ def _panel(axes, runs: pd.DataFrame, mixes: list[str], rates: list[float]):
         axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if grid[y, x] < DARK else "black")
         if (cell["verdict"] == "reached").all():
             axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, ec="#D55E00", lw=2))
-    axes.set_xticks(range(len(rates)), [f"{r:g}" for r in rates], fontsize=8)
+    axes.set_xticks(range(len(rates)), [f"{r:.0e}".replace("e-0", "e-") for r in rates], fontsize=8)
     axes.set_yticks(range(len(mixes)), mixes, fontsize=8)
+    axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return axes.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
