@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from fp4lab.config import PHASES
-from fp4lab.events import End, Event, FirstToken, FirstTokenDiff, Loss, Phase, Sample, Start, encode, to_record
+from fp4lab.encoding import encode
+from fp4lab.events import End, Event, FirstToken, FirstTokenDiff, Loss, Phase, Sample, Start, to_record
 
 
 def events(number: int, count: int) -> list[Event]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fp4lab import cli
-from fp4lab.events import End, Loss, Note, Phase, Start, encode, to_record
+from fp4lab.encoding import encode
+from fp4lab.events import End, Loss, Note, Phase, Start, to_record
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fp4lab.events import KINDS, STATUSES, End, Failure, FirstToken, Loss, decode, encode, to_record
+from fp4lab.encoding import decode, encode
+from fp4lab.events import KINDS, STATUSES, End, Failure, FirstToken, Loss, to_record
 
 _ODD = dict.fromkeys(("host", "config"), st.dictionaries(st.text(), st.none() | st.integers() | st.text()))
 

@@ -11,7 +11,7 @@ import fp4lab
 
 SRC = Path(fp4lab.__file__).parent
 FLOORS = {
-    **dict.fromkeys(("config", "choices", "events", "errors"), 0),
+    **dict.fromkeys(("config", "choices", "events", "encoding", "errors"), 0),
     **dict.fromkeys(("telemetry", "nvfp4"), 1),
     "model": 2,
     "checkpoint": 3,
@@ -24,7 +24,7 @@ FLOORS = {
 APART = {("telemetry", "nvfp4"), ("nvfp4", "telemetry"), ("launch", "cli"), ("cli", "launch")}
 FILES = sorted(p for p in SRC.rglob("*.py") if p != SRC / "__init__.py")
 LIGHT = [
-    *("config", "choices", "events", "errors", "launch", "interactive", "cli"),
+    *("config", "choices", "events", "encoding", "errors", "launch", "interactive", "cli"),
     *("telemetry.host", "telemetry.nvml", "telemetry.cgroup", "telemetry.reader", "telemetry.cuda"),
     *("telemetry.device", "telemetry.tensor_bytes"),
     *("tracking.jsonl", "tracking.console", "tracking.chatlog", "tracking.wandb", "tracking.wandb_view"),

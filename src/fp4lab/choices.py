@@ -13,6 +13,7 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "lr": (0, True),
     "threads": (0, True),
     "step.chunk_rows": (1, True),
+    "step.train_last_layers": (1, True),
     "step.eps": (0, False),
     "step.health_every": (0, True),
     "step.beta1": (0, True),
@@ -29,10 +30,14 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "guard.phase_wall_s": (0, False),
     "guard.term_grace_s": (0, True),
     "task.batch_size": (1, True),
+    "task.accumulate": (1, True),
     "task.warmup_steps": (0, True),
     "task.eval_every": (0, True),
     "task.log_every": (1, True),
     "task.max_tokens": (1, True),
+    "task.controls_kept": (0, True),
+    "task.controls_loss": (0, True),
+    "task.stop_at_loss": (0, False),
     "task.turns": (1, True),
     "task.temperature": (0, True),
     "task.top_p": (0, False),
@@ -66,6 +71,17 @@ def check(config: dict[str, Any]) -> None:
         _check_joined(config)
     if config["weights"]["embedding"] == "nvfp4":
         _check_packed_embedding(config)
+    if config["task"]["stop_at_goals"] and not config["task"]["goals"]:
+        raise UserError(
+            "task.stop_at_goals=true: there are no goals to meet; give task.goals=<file>, e.g. data/identity/goals.jsonl"
+        )
+    if config["task"]["accumulate"] > config["task"]["batch_size"]:
+        raise UserError(
+            f"task.accumulate={config['task']['accumulate']}: a batch has task.batch_size={config['task']['batch_size']} rows; "
+            "expected no more parts than that"
+        )
+    if config["task"]["controls_kept"] > 1:
+        raise UserError(f"task.controls_kept={config['task']['controls_kept']}: expected a share, at most 1")
     if config["backend"]["native_fp4"] and config["backend"]["activations"] != "nvfp4":
         raise UserError("backend.native_fp4=true multiplies FP4 by FP4: it needs backend.activations=nvfp4")
 
@@ -105,6 +121,11 @@ def _check_fused(config: dict[str, Any]) -> None:
         raise UserError(
             f"step.clip_grad={step['clip_grad']}: step=fused uses each gradient before the global norm is known. Bound every "
             "element's update with step.max_update=1.0 instead, or clip with step=chunked"
+        )
+    if config["task"]["accumulate"] > 1:
+        raise UserError(
+            f"task.accumulate={config['task']['accumulate']}: step=fused uses each gradient before the next part of the batch "
+            "has one. Use step=chunked, or recompute=block with the whole batch at once"
         )
     if config["loss"] != "ce":
         raise UserError(f"loss={config['loss']}: step=fused has cross-entropy alone; use loss=ce, or step=chunked")
@@ -154,6 +175,8 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
             said.append(f"{override} has no effect: step=dense is torch's AdamW on whole parameters.")
         elif key.startswith("task.") and key[5:] not in ("name", *_TASK_KEYS.get(task, ())):
             said.append(f"{override} has no effect in task={task}.")
+        elif key == "data.held_out" and task != "tune":
+            said.append(f"{override} has no effect: task={task} measures no held-out loss.")
         elif key == "backend.eval_cache" and backend != "fp2":
             said.append(f"{override} has no effect: only backend=fp2 requantises its weights.")
         elif key == "stop_after" and config["stop_after"] not in ("none", *TASK_PHASES.get(task, PHASES)):
@@ -165,12 +188,21 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
 _TASK_KEYS: dict[str, tuple[str, ...]] = {
     "tune": (
         "batch_size",
+        "accumulate",
+        "pack",
         "schedule",
         "warmup_steps",
         "eval_every",
         "log_every",
         "prompts",
         "max_tokens",
+        "goals",
+        "controls",
+        "controls_kept",
+        "controls_loss",
+        "repetition_limit",
+        "stop_at_goals",
+        "stop_at_loss",
         "output",
         "format",
         "head",
@@ -186,7 +218,7 @@ _TASK_KEYS: dict[str, tuple[str, ...]] = {
 _LOADING = ("start", "model_loaded", "session_disposed", "post_load_compacted")
 TASK_PHASES = {
     "step": tuple(p for p in PHASES if p not in ("turn_done", "export_done")),
-    "tune": ("start", "model_loaded", "batch_ready", "optimizer_step_done", "cleanup_done"),
+    "tune": ("start", "model_loaded", "batch_ready", "first_token_done", "optimizer_step_done", "export_done", "cleanup_done"),
     "compare": (*_LOADING, "first_token_done", "cleanup_done"),
     "export": ("start", "model_loaded", "first_token_done", "export_done", "cleanup_done"),
     "inspect": ("start", "cleanup_done"),

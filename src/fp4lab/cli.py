@@ -98,7 +98,7 @@ def _against(now: "pd.DataFrame", was: "pd.DataFrame", given: list[str], as_json
 
     from fp4lab.analysis.against import compare_sweeps, shared_differences, tolerances
     from fp4lab.analysis.table import print_against
-    from fp4lab.events import encode
+    from fp4lab.encoding import encode
 
     allowed, fixed = tolerances(given, now), shared_differences(now, was)
     count, found = compare_sweeps(now, was, allowed)

@@ -66,6 +66,8 @@ class TaskConfig:
 
     name: TaskName = TaskName.step
     batch_size: int = 1  # rows of seq_len tokens
+    accumulate: int = 1  # tune: parts that a batch goes through the model in; gradients are summed
+    pack: bool = False  # tune: several samples in each of batch_size rows of seq_len tokens; none sees another
     schedule: Schedule = Schedule.constant  # learning rate over the run
     warmup_steps: int = 0
     eval_every: int = 0  # steps between held-out losses; 0 = only at the end
@@ -73,6 +75,12 @@ class TaskConfig:
     prompts: list[str] = field(default_factory=list)  # tune: answered on every path at the end; compare: the prompts
     prompt_file: str | None = None  # compare: a file of prompts instead, one a line
     max_tokens: int = 24  # of each answer
+    goals: str | None = None  # tune: file of what must be answered (tasks/goals.py); a miss ends the run as "goals_missed"
+    controls: str | None = None  # tune: file of prompts whose answers must stay as they were
+    controls_kept: float = 0.9  # share of control answers that must stay, token by token
+    controls_loss: float = 0.1  # nats a token: the most that the loss of the untuned model's control answers may rise
+    stop_at_goals: bool = False  # tune: end training at the first evaluation that meets goals and controls
+    stop_at_loss: float | None = None  # tune: end training at the first evaluation with a held-out loss this low
     output: str | None = None  # tune, export: the file (dat) or folder (else) to write
     format: Format = Format.dat  # of `output`
     head: Head = Head.auto  # lm_head in `output`: keep (as it is, tied or not), nvfp4, float; auto: nvfp4 in a .dat, else keep
@@ -138,6 +146,7 @@ class StepConfig:
     state: StateFormat = StateFormat.nvfp4_two_level  # from scratch int8_block learns better (doc/training.md)
     # how weights are stored between steps: packed and packed_stochastic in 4.5 bits, packed_residual 12.5, bf16_stochastic 16
     master: Master = Master.packed_stochastic
+    train_last_layers: int | None = None  # only the last N blocks learn, linears and norms; null: everything
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -204,7 +213,8 @@ class DataConfig:
     """What is trained on."""
 
     path: str = "data/samples/whoami.tsv"  # .txt, .tsv, .jsonl, or a folder of them
-    order: Order = Order.random
+    held_out: str | None = None  # tune: text to measure the held-out loss on; null: a tenth of `path`, left out of training
+    order: Order = Order.random  # of the samples: shuffled by `seed`, or as in the file
     style: Style = Style.official  # chat rendering (reference 4.1)
 
 

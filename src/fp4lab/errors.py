@@ -15,3 +15,7 @@ class Collapsed(Exception):
 
 class Diverged(Exception):
     """The loss is not finite."""
+
+
+class GoalsMissed(Exception):
+    """Training ran to its end, and the model does not do what task.goals and task.controls ask."""

@@ -1,13 +1,11 @@
 """The typed events of a run: what a worker reports, and what `events.jsonl` holds.
 
 One JSON object a line: `t` (monotonic seconds since the supervisor started the run), `wall` (UTC, ISO 8601),
-`kind`, then the event's fields. MiB are 2**20 bytes. A value that could not be read is null, never 0.
-JSON has no NaN: a non-finite float is written as "nan", "inf" or "-inf" and read back as the float.
+`kind`, then the event's fields. MiB are 2**20 bytes. A value that could not be read is null, never 0. `encoding.py` writes
+and reads the lines.
 """
 
 import dataclasses
-import functools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ STATUSES = {
     "collapsed": 3,
     "diverged": 4,
     "oom": 5,
+    "goals_missed": 6,
     "guard_killed": 124,
     "timeout": 125,
     "interrupted": 130,
@@ -139,6 +138,15 @@ class Loss(Event):
 
 
 @dataclass
+class Fed(Event):
+    """Which samples a step of task=tune was trained on."""
+
+    kind: ClassVar[str] = "batch"
+    step: int = 0
+    samples: dict[str, list[int]] = field(default_factory=dict)  # file: its lines, from 1
+
+
+@dataclass
 class FirstToken(Event):
     kind: ClassVar[str] = "first_token"
     path: str = ""  # A.infer, B.fp2_ste, C.noste_graph, R.dense
@@ -247,6 +255,42 @@ class Turn(Event):
 
 
 @dataclass
+class GoalAnswer(Event):
+    """The answer to a prompt of task.goals, and whether it is what was asked for."""
+
+    kind: ClassVar[str] = "goal"
+    when: str = ""  # before (the untuned model), step, after, reloaded (from task.output)
+    step: int = 0
+    path: str = ""
+    prompt: str = ""
+    rule: str = ""  # exactly, unchanged, without
+    wanted: str = ""
+    met: bool = False
+    finish: str = ""  # stop, length
+    repetition: float | None = None  # share of 4-grams that occurred before
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+
+
+@dataclass
+class Controls(Event):
+    """The untuned model's answers to task.controls, held against what the model would say now."""
+
+    kind: ClassVar[str] = "controls"
+    when: str = ""  # as in `goal`
+    step: int = 0
+    path: str = ""
+    kept: int = 0  # answers that are the same, token by token, end included
+    of: int = 0
+    loss: float = math.nan  # of the untuned model's answers, nats a token
+    loss_before: float = math.nan
+    repetition: float = 0.0  # the largest of the changed answers
+    changed: list[tuple[str, str, str]] = field(
+        default_factory=list
+    )  # (prompt, before, now) of the first eight, after training
+
+
+@dataclass
 class StateHealth(Event):
     kind: ClassVar[str] = "state_health"
     step: int = 0
@@ -324,66 +368,7 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-_SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value
-
-
 def to_record(event: Event) -> dict[str, Any]:
     """The event as a plain dict, `kind` first."""
     assert dataclasses.is_dataclass(event)
     return {"kind": event.kind, **dataclasses.asdict(event)}
-
-
-def encode(record: dict[str, Any]) -> str:
-    """One JSON line, without the newline."""
-    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False)
-
-
-def decode(line: str) -> dict[str, Any]:
-    """The record of one line; "nan", "inf" and "-inf" of fields typed as float become floats again.
-
-    Raises ValueError for a line that is not a JSON object with a `kind`.
-    """
-    record = json.loads(line)
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        raise ValueError(f"expected a JSON object with a 'kind', got: {line[:80]!r}")
-    return revive(record) if any(f'"{word}"' in line for word in _SPECIAL) else record
-
-
-@functools.cache
-def declared_types(kind: str) -> dict[str, str]:
-    """Field: its type as written in this file. Empty for a kind that this version does not know."""
-    cls = KINDS.get(kind)
-    return {f.name: str(f.type) for f in dataclasses.fields(cls)} if cls else {}  # type: ignore[arg-type]
-
-
-@functools.cache
-def defaults(kind: str) -> dict[str, Any]:
-    """Field: what it means for a record of an older version to lack it. Not to be changed."""
-    cls = KINDS.get(kind)
-    return dataclasses.asdict(cls()) if cls else {}  # type: ignore[call-overload]
-
-
-def revive(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with "nan", "inf" and "-inf" as floats again where its kind says float."""
-    fields = declared_types(record["kind"])
-    for name, value in record.items():
-        declared = fields.get(name, "")
-        if isinstance(value, str) and value in _SPECIAL and "float" in declared and "str" not in declared:
-            record[name] = _SPECIAL[value]
-        elif isinstance(value, dict) and "float" in declared:
-            record[name] = {k: _SPECIAL.get(v, v) if isinstance(v, str) else v for k, v in value.items()}
-        elif declared.startswith("list[float]") and isinstance(value, list):
-            record[name] = [_SPECIAL.get(x, x) if isinstance(x, str) else x for x in value]
-        elif name == "top10" and isinstance(value, list):
-            record[name] = [[i, _SPECIAL.get(x, x) if isinstance(x, str) else x, s] for i, x, s in value]
-    return record

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from fp4lab.events import End, FirstTokenDiff, Start, encode, to_record
+from fp4lab.encoding import encode
+from fp4lab.events import End, FirstTokenDiff, Start, to_record
 from fp4lab.supervise.summary import Summary
 
 PAIRS = [

@@ -11,8 +11,9 @@ import pytest
 from fp4lab.analysis import devlog, devlog_report
 from fp4lab.analysis.devlog import Comparison, Finding, judge
 from fp4lab.analysis.measures import MEASURES, Run
+from fp4lab.encoding import encode
 from fp4lab.errors import UserError
-from fp4lab.events import End, FirstToken, Guard, Loss, Phase, Start, StateHealth, Turn, encode, to_record
+from fp4lab.events import End, FirstToken, Guard, Loss, Phase, Start, StateHealth, Turn, to_record
 
 ROOT = Path(__file__).parents[2]
 C = Comparison("x", "?", {})

@@ -9,8 +9,9 @@ import sweeps
 from fp4lab.analysis.frames import load_runs
 from fp4lab.analysis.plots import FIGURES, MOST_RUNS, memory_heatmap, memory_over_time, save_figure, sweep_figure
 from fp4lab.analysis.plots.style import looks
+from fp4lab.encoding import encode
 from fp4lab.errors import UserError
-from fp4lab.events import End, Guard, Loss, Phase, Sample, Start, encode, to_record
+from fp4lab.events import End, Guard, Loss, Phase, Sample, Start, to_record
 
 
 def write_run(folder: Path, overrides: list[str], events: list) -> None:

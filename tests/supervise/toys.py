@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 
 from fp4lab.config import GuardConfig
-from fp4lab.events import decode
+from fp4lab.encoding import decode
 
 HERE = str(Path(__file__).parent)
 GUARD = {**vars(GuardConfig()), "blind": "warn", "poll_s": 0.02, "sample_s": 60.0}

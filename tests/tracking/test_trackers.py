@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from fp4lab.analysis.rows import RunRow
+from fp4lab.encoding import decode
 from fp4lab.events import (
     End,
     File,
@@ -24,7 +25,6 @@ from fp4lab.events import (
     Sample,
     Start,
     Turn,
-    decode,
     to_record,
 )
 from fp4lab.tracking.base import Fanout

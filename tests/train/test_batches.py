@@ -29,6 +29,28 @@ def test_packed_rows_hold_whole_samples_with_a_separator():
     assert batch.ids[0].tolist() == [*first[0], PAD, *second[0]]
     assert batch.targets[0].tolist() == [*first[1], IGNORE, *second[1]]
     assert batch.ids[1].tolist() == [PAD] * 8 and batch.targets[1].tolist() == [IGNORE] * 8
+    lengths = [len(first[0]), len(second[0])]
+    assert batch.segments is not None and batch.segments[0].tolist() == [1] * lengths[0] + [0] + [2] * lengths[1]
+    assert batch.segments[1].tolist() == [0] * 8 and set(batch.sources) == {"s:100", "s:200"}
+
+
+def test_parts_have_all_rows_in_which_something_counts():
+    samples = [sample(100 * n, 3 + n) for n in range(1, 6)]
+    (batch,) = batches(samples, 8, PAD, seed=1, seq_len=8)
+    parts = batch.parts(3)
+    counted = batch.ids[(batch.targets != IGNORE).any(dim=1)]
+    assert 1 < len(parts) <= 3 and torch.equal(torch.cat([p.ids for p in parts])[: len(counted)], counted)
+    assert all(p.segments is not None and p.segments.shape == p.ids.shape for p in parts)
+    (whole,) = batch.parts(1)
+    assert torch.equal(whole.ids, batch.ids) and torch.equal(whole.targets, batch.targets)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_in_order_means_in_order(pack):
+    """Small samples would fit into earlier rows, and like lengths would go together."""
+    samples = [sample(100 * n, length) for n, length in enumerate([7, 2, 6, 1, 1, 5, 3], start=1)]
+    made = list(batches(samples, 2, PAD, seed=1, epochs=2, seq_len=8, pack=pack, order="sequential"))
+    assert [s for b in made for s in b.sources] == [s.source for s in samples] * 2
 
 
 def test_a_sample_may_fill_a_row_exactly_but_not_overflow_it():

@@ -76,6 +76,26 @@ def test_offloading_moves_bytes_to_the_host_and_unified_memory_gains_nothing(com
     assert there.at("step") == here.at("step")
 
 
+@pytest.mark.parametrize("step", ["step=chunked", "step=dense", "step=fused"])
+def test_the_last_layers_alone_need_less(compose, step):
+    common = ["model=qwen3_4b", "weights=random", "task=tune", "task.batch_size=4", step]
+    every = estimate(QWEN3_4B, compose(*common), "bfloat16", "cuda", 0.0)
+    last = estimate(QWEN3_4B, compose(*common, "step.train_last_layers=9"), "bfloat16", "cuda", 0.0)
+    moments = [sum(r.mib for r in e.rows if r.what.startswith("moments")) for e in (every, last)]
+    linears, embedding = sum(r * c for r, c in QWEN3_4B.linears().values()), 151936 * 2560
+    assert moments[1] < moments[0] * (linears / 4 + 1e7) / (linears if step != "step=dense" else linears + embedding)
+    assert last.peak()[1] < every.peak()[1]
+
+
+def test_parts_of_a_batch_need_the_activations_of_a_part(compose):
+    common = ["model=qwen3_4b", "weights=random", "task=tune", "task.batch_size=8", "seq_len=512"]
+    whole, parts = (
+        next(r.mib for r in estimate(QWEN3_4B, compose(*common, o), "bfloat16", "cuda", 0.0).rows if r.what == "activations")
+        for o in ("task.accumulate=1", "task.accumulate=4")
+    )
+    assert parts == whole / 4
+
+
 def test_fraction():
     assert fraction(8, 16 << 30) == 0.5
     assert fraction(100, 16 << 30) == 1.0

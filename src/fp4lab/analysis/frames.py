@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp4lab.analysis.records import read_events, read_result, run_folders
 from fp4lab.analysis.rows import RESULTS, RunRow, row
-from fp4lab.events import declared_types
+from fp4lab.encoding import declared_types
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fp4lab.encoding import decode, defaults, revive
 from fp4lab.errors import UserError
-from fp4lab.events import decode, defaults, revive
 from fp4lab.supervise.resume import RESULT
 from fp4lab.supervise.run import EVENTS
 

@@ -21,6 +21,10 @@ RESULTS = (
     "faults",
     "codes_changed",
     "updates_lost",
+    "goals_met",
+    "goals",
+    "controls_kept",
+    "controls_loss_rise",
     "turns",
     "context_tokens",
     "first_token_ms",
@@ -107,6 +111,8 @@ def row(result: dict[str, Any]) -> dict[str, Any]:
         "faults": sum(bool(d.get("fault")) for d in pairs.values()) if pairs else None,
         "codes_changed": health.get("code_changed"),
         "updates_lost": health.get("update_lost"),
+        **_goals(result.get("goals") or {}),
+        **_controls(result.get("controls") or {}),
         "turns": len(result.get("turns") or []) or None,
         **{k: _number(turn.get(k)) for k in ("context_tokens", "first_token_ms", "ms_per_token")},
         "peak_mib": memory,
@@ -116,6 +122,24 @@ def row(result: dict[str, Any]) -> dict[str, Any]:
         "slowest_ms": slowest.get("ms"),
         "last_phase": result.get("last_phase"),
         "seconds": result.get("seconds"),
+    }
+
+
+def _goals(asked: dict[str, Any]) -> dict[str, int | None]:
+    """Of the worst path."""
+    paths = [found for name, found in asked.items() if name != "when"]
+    return {
+        "goals_met": min((sum(found.values()) for found in paths), default=None),
+        "goals": max((len(found) for found in paths), default=None),
+    }
+
+
+def _controls(asked: dict[str, Any]) -> dict[str, float | None]:
+    """Of the worst path: the share of answers kept, and how much their loss rose, nats a token."""
+    paths = [found for name, found in asked.items() if name != "when"]
+    return {
+        "controls_kept": min((found["kept"] / found["of"] for found in paths), default=None),
+        "controls_loss_rise": max((float(found["loss"]) - float(found["loss_before"]) for found in paths), default=None),
     }
 
 

@@ -112,6 +112,8 @@ def _columns(first_loss: bool) -> list[tuple[str, Any, Callable[[dict[str, Any]]
         ("first\ntoken", "left", _agreement),
         ("worst\nKL", "right", _kl),
         ("codes\nmoved", "right", lambda r: _shown(r["codes_changed"], ".1%")),
+        ("goals", "right", _goals),
+        ("controls\nkept", "right", lambda r: _shown(r["controls_kept"], ".0%")),
         ("context\ntokens", "right", lambda r: _shown(r["context_tokens"], ".0f")),
         ("1st token\nms", "right", lambda r: _shown(r["first_token_ms"], ".1f")),
         ("a token\nms", "right", lambda r: _shown(r["ms_per_token"], ".1f")),
@@ -201,6 +203,10 @@ def _kl(row: dict[str, Any]) -> str:
     if row["worst_kl"] is None or row["worst_pair"] is None or missing(row["worst_pair"]):
         return ""
     return "0" if row["worst_kl"] == 0 else f"{row['worst_kl']:.0e} {row['worst_pair']}"
+
+
+def _goals(row: dict[str, Any]) -> str:
+    return "" if missing(row["goals"]) else f"{row['goals_met']:.0f}/{row['goals']:.0f}"
 
 
 def _phase(row: dict[str, Any]) -> str:

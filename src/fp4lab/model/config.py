@@ -136,6 +136,13 @@ class Qwen3Config:
         shapes[FINAL_NORM] = (self.hidden_size,)
         return shapes
 
+    def learns(self, name: str, last_layers: int | None) -> bool:
+        """Whether a tensor is trained when only the last layers are (None: all): their linears and norms, nothing else."""
+        if last_layers is None:
+            return True
+        parts = name.split(".")
+        return parts[1] == "layers" and int(parts[2]) >= self.num_hidden_layers - last_layers
+
     def num_parameters(self) -> int:
         head = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
         return head + sum(_product(s) for s in (*self.linears().values(), *self.raw().values()))

@@ -84,16 +84,26 @@ class KVCache:
         self.length += tokens
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, offset_mask: bool = True) -> Tensor:
+def within(segments: Tensor) -> Tensor:
+    """Who sees whom [B, 1, T, T] bool, for `attend`: what came before in the same segment. segments [B, T]."""
+    t = segments.shape[1]
+    causal = torch.ones(t, t, dtype=torch.bool, device=segments.device).tril()
+    return ((segments[:, :, None] == segments[:, None, :]) & causal).unsqueeze(1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, offset_mask: bool = True, mask: Tensor | None = None) -> Tensor:
     """Causal attention of q [B, N, T, D] over k, v [B, K, S, D], the T queries being the last of the S positions.
 
     Without `offset_mask` several queries behind a cache see each other's future (quirk.no_offset_mask).
+    A `mask` (of `within`) says itself who sees whom; T is S then.
     """
     t, s = q.shape[2], k.shape[2]
     groups = q.shape[1] // k.shape[1]
-    grouped = groups > 1 and q.device.type == "cuda" and t == s
+    grouped = groups > 1 and q.device.type == "cuda" and t == s and mask is None
     if groups > 1 and not grouped:  # expanded here rather than by enable_gqa, which has no fast CPU kernel
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if t == s:
         return F.scaled_dot_product_attention(q, k, v, is_causal=t > 1, enable_gqa=grouped)
     mask = None  # one new token sees everything

@@ -133,6 +133,8 @@ class _Consumed(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         (x,), linear = ctx.saved_tensors, ctx.linear
         dx = matmul_back(dy, linear.packed) if ctx.needs_input_grad[0] else None
+        if linear.frozen:
+            return dx, None
         assert linear.consume is not None, "nobody takes this linear's gradient"
         linear.consume(dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
         return dx, None
@@ -149,6 +151,7 @@ class ConsumingLinear(nn.Module):
         super().__init__()
         self.packed, self.activations = packed, activations
         self.consume: Callable[[Tensor], None] | None = None
+        self.frozen = False  # has no gradient to hand over
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
@@ -178,8 +181,11 @@ class ConsumingEmbedding(nn.Module):
         super().__init__()
         self.weight, self.dtype = weight, dtype
         self.consume: Callable[[Tensor, Tensor], None] | None = None
+        self.frozen = False  # has no gradient to hand over
         # autograd follows inputs that want gradients, and ids are none
         self.register_buffer("anchor", torch.zeros((), device=weight.device, requires_grad=True), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return _Looked.apply(self.anchor, ids, self) if torch.is_grad_enabled() else lookup(self.weight, ids, self.dtype)
+        if torch.is_grad_enabled() and not self.frozen:
+            return _Looked.apply(self.anchor, ids, self)
+        return lookup(self.weight, ids, self.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fp4lab.model.config import EMBEDDING, FINAL_NORM, Qwen3Config
-from fp4lab.model.layers import KVCache, Rope, attend, rms_norm, rotate, silu_mul
+from fp4lab.model.layers import KVCache, Rope, attend, rms_norm, rotate, silu_mul, within
 from fp4lab.model.linears import lookup
 from fp4lab.nvfp4 import PackedTensor
 
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(raw[prefix + "q_norm.weight"], config.rms_norm_eps)
         self.k_norm = RMSNorm(raw[prefix + "k_norm.weight"], config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None = None) -> Tensor:
         b, t, _ = x.shape
 
         def heads(y: Tensor) -> Tensor:  # [B, T, n * D] -> [B, T, n, D]
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         v = heads(self.v_proj(x)).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        return self.o_proj(attend(q, k, v, self.offset_mask).transpose(1, 2).reshape(b, t, -1))
+        return self.o_proj(attend(q, k, v, self.offset_mask, mask).transpose(1, 2).reshape(b, t, -1))
 
 
 class MLP(nn.Module):
@@ -71,9 +71,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(raw[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
         self.mlp = MLP(layer, make)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, again: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, again: bool = False, mask: Tensor | None = None
+    ) -> Tensor:
         """`again`: the MLP, with its three wide activations, is computed again in the backward; attention is not."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
         return x + (checkpoint(self._mlp, x, use_reentrant=False) if again else self._mlp(x))
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -116,20 +118,27 @@ class Qwen3(nn.Module):
         self.recompute = "none"  # block: keeps its input alone and is computed again in the backward; selective: its MLP is
 
     def hidden(
-        self, ids: Tensor, cache: KVCache | None = None, trace: list[Tensor] | None = None, final_norm: bool = True
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        trace: list[Tensor] | None = None,
+        final_norm: bool = True,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """ids [B, T] int64 -> hidden states after the final norm [B, T, H] in the compute dtype.
 
         `final_norm=False` leaves it out (quirk.no_final_norm).
+        `segments` [B, T]: a token sees only what came before it in its own segment. Not with a cache.
         `trace` receives the hidden states after each block, before the final norm.
         """
         x = self.model.embed_tokens(ids)
         cos, sin = self.rope.table(cache.length if cache else 0, ids.shape[1], self.dtype)
+        mask = None if segments is None else within(segments)
         for block in self.model.layers:
             if self.recompute == "block" and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, cache, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, cache, False, mask, use_reentrant=False)
             else:
-                x = block(x, cos, sin, cache, self.recompute == "selective" and torch.is_grad_enabled())
+                x = block(x, cos, sin, cache, self.recompute == "selective" and torch.is_grad_enabled(), mask)
             if trace is not None:
                 trace.append(x)
         if cache is not None:

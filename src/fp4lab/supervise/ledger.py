@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fp4lab.config import fingerprint
-from fp4lab.events import End, Event, Note, decode, encode, to_record, utc_now
+from fp4lab.encoding import decode, encode
+from fp4lab.events import End, Event, Note, to_record, utc_now
 from fp4lab.supervise.resume import RESULT
 from fp4lab.supervise.summary import Summary
 from fp4lab.tracking.base import Fanout, Tracker

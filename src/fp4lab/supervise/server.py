@@ -27,12 +27,19 @@ from collections.abc import Callable
 from typing import Any
 
 from fp4lab import events
-from fp4lab.errors import Collapsed, Diverged, PlannedStop, UserError
+from fp4lab.encoding import encode
+from fp4lab.errors import Collapsed, Diverged, GoalsMissed, PlannedStop, UserError
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SWEEP_S = 5.0
 _OOM_SCORE = 500  # the kernel's OOM killer should take a worker before a supervisor or a desktop
-_STATUS_OF = {PlannedStop: "stopped", UserError: "failed", Collapsed: "collapsed", Diverged: "diverged"}
+_STATUS_OF = {
+    PlannedStop: "stopped",
+    UserError: "failed",
+    Collapsed: "collapsed",
+    Diverged: "diverged",
+    GoalsMissed: "goals_missed",
+}
 
 
 class Terminated(Exception):
@@ -215,7 +222,7 @@ def _on_term(*_: Any) -> None:
 def _run(request: dict[str, Any], event_fd: int) -> int:
     def emit(event: events.Event) -> None:
         record = {"t": time.monotonic(), "wall": events.utc_now(), **events.to_record(event)}
-        data = events.encode(record).encode() + b"\n"
+        data = encode(record).encode() + b"\n"
         while data:
             data = data[os.write(event_fd, data) :]
 

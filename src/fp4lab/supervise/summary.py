@@ -46,6 +46,8 @@ class Summary:
         self.notes: list[str] = []
         self.health: dict[str, Any] | None = None
         self.failure: dict[str, Any] | None = None
+        self.goals: dict[tuple[str, str], dict[str, bool]] = {}  # (when, path): prompt: met
+        self.controls: dict[tuple[str, str], dict[str, Any]] = {}
 
     def add(self, record: dict[str, Any]) -> None:
         kind = record["kind"]
@@ -69,8 +71,18 @@ class Summary:
             self.notes.append(record["text"])
         elif kind == "state_health":
             self.health = {k: v for k, v in record.items() if k not in ("t", "wall", "kind")}
+        elif kind == "goal":
+            self.goals.setdefault((record["when"], record["path"]), {})[record["prompt"]] = record["met"]
+        elif kind == "controls":
+            self.controls[record["when"], record["path"]] = {k: record[k] for k in ("kept", "of", "loss", "loss_before")}
         elif kind == "failure":
             self.failure = record
+
+    @staticmethod
+    def _last(asked: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+        """What was found when it was last asked: {"when": ..., path: ...}; empty if it was not asked after the start."""
+        when = [w for w, _ in asked if w != "before"]
+        return {"when": when[-1], **{path: found for (w, path), found in asked.items() if w == when[-1]}} if when else {}
 
     def result(self) -> dict[str, Any]:
         """Everything but how the run ended."""
@@ -86,6 +98,8 @@ class Summary:
             "first_token": self.pairs,
             "turns": self.turns,
             "state_health": self.health,
+            "goals": self._last(self.goals),
+            "controls": self._last(self.controls),
             "files": self.files,
             "notes": self.notes,
         }

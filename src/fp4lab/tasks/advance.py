@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from fp4lab.errors import Diverged
-from fp4lab.events import Emit, StateHealth
+from fp4lab.events import Emit, Note, StateHealth
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.tasks.session import Session
 from fp4lab.tasks.step import Optimizer, byte_report, make_optimizer
 from fp4lab.train import grads
 from fp4lab.train.adamw import ChunkedAdamW
-from fp4lab.train.batches import Batch
+from fp4lab.train.batches import IGNORE, Batch
 from fp4lab.train.fused import FusedAdamW
 from fp4lab.train.joined import JoinedAdamW
 from fp4lab.train.loss import LOSSES
@@ -28,12 +28,16 @@ class Done:
 
 
 class Advance:
-    """`advance(batch, lr)` takes a step. Raises Diverged when the loss is not finite."""
+    """`advance(batch, lr)` takes a step. Raises Diverged when the loss or the gradient's norm is not finite.
+
+    With task.accumulate the rows go through the model in parts whose gradients are summed: the same step in less memory.
+    """
 
     def __init__(self, session: Session, emit: Emit):
         assert isinstance(session.model, Qwen3)
         self.session, self.model, self._steps = session, session.model, 0
-        self.clip = session.config["step"]["clip_grad"]
+        self.clip, self.sanitize = session.config["step"]["clip_grad"], session.config["step"]["sanitize"]
+        self.parts, self.emit = session.config["task"]["accumulate"], emit
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         dense = session.config["step"]["name"] == "dense"
         self.optimizer: Optimizer | torch.optim.AdamW = _torch_adamw(session) if dense else make_optimizer(session, emit)
@@ -43,23 +47,22 @@ class Advance:
                 emit(row)
 
     def __call__(self, batch: Batch, lr: float) -> Done:
-        ids, targets = batch.ids.to(self.session.device), batch.targets.to(self.session.device)
         optimizer, step = self.optimizer, self._steps
         self._steps += 1
         if isinstance(optimizer, FusedAdamW):
             optimizer.begin(lr)
-            loss = optimizer.loss(self.model.hidden(ids), targets)
-        else:
-            loss = LOSSES[self.session.config["loss"]](self.model, self.model.hidden(ids), targets)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise Diverged(f"the loss is {value} at step {step}")
-        loss.backward()
+        parts = batch.parts(self.parts)
+        counts = [int((part.targets != IGNORE).sum()) for part in parts]
+        value = sum(self._backward(part, count / sum(counts), step) for part, count in zip(parts, counts, strict=True))
         if isinstance(optimizer, FusedAdamW):
             health, norm = optimizer.finish()
+            self._finite(norm, step)
             self.session.publish(optimizer.stored())
             return Done(value, float(norm), health)
+        if self.sanitize and (bad := grads.sanitize(self.parameters)):
+            self.emit(Note(topic="gradients", text=f"step {step}: {bad} non-finite gradients were set to 0"))
         norm = grads.grad_norm(self.parameters)
+        self._finite(norm, step)
         if self.clip:
             grads.clip(self.parameters, norm, self.clip)
         if isinstance(optimizer, ChunkedAdamW | JoinedAdamW):
@@ -75,6 +78,26 @@ class Advance:
         optimizer.zero_grad(set_to_none=True)
         self.session.publish()
         return Done(value, float(norm), None)
+
+    def _backward(self, batch: Batch, share: float, step: int) -> float:
+        """Adds the gradients of `share` times the mean loss of a part; returns that."""
+        device, optimizer = self.session.device, self.optimizer
+        segments = None if batch.segments is None else batch.segments.to(device)
+        hidden, targets = self.model.hidden(batch.ids.to(device), segments=segments), batch.targets.to(device)
+        if isinstance(optimizer, FusedAdamW):
+            loss = optimizer.loss(hidden, targets)
+        else:
+            loss = LOSSES[self.session.config["loss"]](self.model, hidden, targets)
+        loss = loss * share
+        value = loss.item()
+        if not math.isfinite(value):
+            raise Diverged(f"the loss is {value} at step {step}")
+        loss.backward()
+        return value
+
+    def _finite(self, norm: torch.Tensor, step: int) -> None:
+        if not math.isfinite(norm):
+            raise Diverged(f"the gradient's norm is {float(norm)} at step {step}, and the loss was finite")
 
 
 def _torch_adamw(session: Session) -> torch.optim.AdamW:

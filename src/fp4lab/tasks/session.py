@@ -49,6 +49,7 @@ class Session:
     device: torch.device
     dtype: torch.dtype
     _weights: Weights | None = None
+    frozen: frozenset[str] = frozenset()  # tensors that do not learn (step.train_last_layers)
 
     @property
     def backend(self) -> str:
@@ -98,6 +99,8 @@ class Session:
             parameters[HEAD] = parameters[EMBEDDING]  # where a tied head has no parameter of its own
         changed, elements = torch.zeros((), dtype=torch.int64, device=self.device), 0
         for name, parameter in parameters.items():
+            if name in self.frozen:
+                continue
             value = stored.get(name)
             if name in self.store.raw:
                 self.store.update(name, parameter)
@@ -151,6 +154,8 @@ def open_session(config: dict[str, Any], emit: Emit, trains: bool = True) -> Ses
         _report(emit, info)
     session = Session(config, shape, tokenizer, store, None, device, dtype, weights)  # type: ignore[arg-type]
     session.model = _model(session, emit, trains)
+    if trains and isinstance(session.model, Qwen3):
+        _freeze(session, session.model)
     if not trains and config["backend"]["name"] == "dense":
         store.packed.clear()
         store.fused.clear()
@@ -243,6 +248,16 @@ def _model(s: Session, emit: Emit, trains: bool) -> Qwen3 | Bridge:
     if s.backend == "dense":
         return _recomputing(dense_model(s.store, s.dtype, master_dtype), s.config)
     return _recomputing(fp2_model(s.store, s.dtype, master_dtype, s.activations, eval_cache, s.quirks), s.config)
+
+
+def _freeze(s: Session, model: Qwen3) -> None:
+    last, layers = s.config["step"]["train_last_layers"], s.shape.num_hidden_layers
+    if last is not None and last > layers:
+        raise UserError(f"step.train_last_layers={last}: the model has {layers} layers; expected at most that, or null for all")
+    s.frozen = frozenset(n for n in (*s.store.raw, *s.store.packed) if not s.shape.learns(n, last))
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name in s.frozen:
+            p.requires_grad_(False)
 
 
 def _recomputing(model: Qwen3, config: dict[str, Any]) -> Qwen3:

@@ -224,14 +224,14 @@ def make_optimizer(session: Session, emit: Emit) -> Optimizer:
         optimizer: Optimizer = DenseAdamW(parameters, options)
     elif c["name"] == "fused":
         packed, after = session.store.packed, _after_each(session, emit, flush=False)
-        optimizer = FusedAdamW(model, packed, session.store.tied, options, after, session.store.dense)
+        optimizer = FusedAdamW(model, packed, session.store.tied, options, after, session.store.dense, session.frozen)
         session.store.dense = None  # the masters took over
     elif c["join"]:
         optimizer = JoinedAdamW(parameters, session.store.packed, options, _after_each(session, emit, flush=False))
     else:
         packed = session.store.packed if session.backend == "fp2" else {}
         optimizer = ChunkedAdamW(parameters, packed, options, _after_each(session, emit, c["flush_each_param"]))
-    exported = {*session.store.raw, *session.store.packed} - ({HEAD} if session.store.tied else set())
+    exported = {*session.store.raw, *session.store.packed} - ({HEAD} if session.store.tied else set()) - session.frozen
     trained = set(parameters) if c["name"] != "fused" else exported  # there most have no parameter of their own
     assert trained == set(optimizer.names()) == exported, "trained, optimised and exported tensors differ"
     return optimizer

@@ -2,19 +2,22 @@
 
 import math
 import time
+from collections.abc import Iterator
+from typing import Any
 
 from fp4lab.chat.generate import greedy
 from fp4lab.chat.template import render
 from fp4lab.choices import idle_choices
 from fp4lab.errors import Diverged, UserError
-from fp4lab.events import Emit, Loss, Note, Progress, Turn
+from fp4lab.events import Emit, Fed, Loss, Note, Progress, Turn
 from fp4lab.model.paths import TRAINABLE
 from fp4lab.tasks.advance import Advance
-from fp4lab.tasks.export import check_output, save_model
+from fp4lab.tasks.exam import Exam
+from fp4lab.tasks.export import check_output, reloading, save_model
 from fp4lab.tasks.meter import Phases
 from fp4lab.tasks.probe import all_paths, probe
 from fp4lab.tasks.session import Session, open_session, report_data, report_samples
-from fp4lab.train.batches import IGNORE, batches
+from fp4lab.train.batches import IGNORE, Batch, batches
 from fp4lab.train.data import load_samples
 from fp4lab.train.loss import evaluate
 
@@ -30,7 +33,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
 
 
 def run(config: dict, emit: Emit) -> None:
-    """Raises UserError for a backend that cannot be trained, Diverged when the loss is not finite."""
+    """Raises UserError for a backend that cannot be trained, Diverged when the loss is not finite, GoalsMissed."""
     task = config["task"]
     if config["backend"]["name"] not in TRAINABLE:
         raise UserError(f"backend={config['backend']['name']} cannot be trained; use backend=fp2 or backend=dense")
@@ -42,22 +45,18 @@ def run(config: dict, emit: Emit) -> None:
     phases.done("model_loaded")
     session.dispose()
     session.compact()
-    tokenizer, data = session.tokenizer, config["data"]
-    end_token = not config["quirk"]["no_end_token"]
-    splits = {
-        split: load_samples(data["path"], tokenizer, config["seq_len"], data["style"], split, end_token)
-        for split in ("train", "held_out")
-    }
-    report_data(data["path"], emit)
-    report_samples(session, splits["train"], emit)
-    held_out = list(batches(splits["held_out"], task["batch_size"], tokenizer.endoftext, 0, pack=False))
-    train = batches(splits["train"], task["batch_size"], tokenizer.endoftext, config["seed"], epochs=None, pack=False)
+    train, held_out = _data(session, emit)
     phases.done("batch_ready")
+    exam = Exam.of(session, emit)
+    if exam is not None:
+        probe(session, config["prompt"], "before", emit)
+        phases.done("first_token_done")
     advance = Advance(session, emit)
     started, seen = time.monotonic(), 0
     for step in range(config["steps"]):
         lr = learning_rate(step, config["steps"], config["lr"], task["warmup_steps"], task["schedule"])
         batch = next(train)
+        emit(Fed(step=step, samples=_lines(batch)))
         done = advance(batch, lr)
         seen += int((batch.targets != IGNORE).sum())
         if step % task["log_every"] == 0 or step + 1 == config["steps"]:
@@ -72,12 +71,60 @@ def run(config: dict, emit: Emit) -> None:
             emit(Loss(step=step, loss=value, split="eval", tokens=tokens))
             if not math.isfinite(value):
                 raise Diverged(f"the held-out loss is {value} after step {step}")
+            met = exam is not None and exam.ask_itself(session, step)
+            if reached := _reached(task, value, met):
+                emit(Note(topic="stop", text=f"training ended after step {step}: {reached}"))
+                break
     phases.done("optimizer_step_done")
     probe(session, config["prompt"], "after", emit)
     answer(session, task["prompts"], task["max_tokens"], emit)
+    if exam is not None:
+        exam.ask(session, all_paths(session), "after", step)
     if task["output"]:
-        save_model(session, emit, trained=True)
+        written = save_model(session, emit, trained=True)
+        phases.done("export_done")
+        if exam is not None:
+            del session, advance, train  # the model that was trained is gone before it is loaded again
+            again = open_session(reloading(config, written), emit)
+            exam.ask(again, all_paths(again), "reloaded", step)
     phases.done("cleanup_done")
+    if exam is not None:
+        exam.conclude()
+
+
+def _data(session: Session, emit: Emit) -> tuple[Iterator[Batch], list[Batch]]:
+    """Batches to train on, without end, and those of the held-out loss."""
+    config, data, pad = session.config, session.config["data"], session.tokenizer.endoftext
+    size, end_token = config["task"]["batch_size"], not config["quirk"]["no_end_token"]
+    sources = [(data["path"], "train"), (data["path"], "held_out")]
+    if data["held_out"]:
+        sources = [(data["path"], "all"), (data["held_out"], "all")]
+    samples, held_out = (
+        load_samples(path, session.tokenizer, config["seq_len"], data["style"], split, end_token) for path, split in sources
+    )
+    for path in dict.fromkeys(path for path, _ in sources):
+        report_data(path, emit)
+    report_samples(session, samples, emit)
+    train = batches(samples, size, pad, config["seed"], None, config["seq_len"], config["task"]["pack"], data["order"])
+    return train, list(batches(held_out, size, pad, 0, pack=False))
+
+
+def _lines(batch: Batch) -> dict[str, list[int]]:
+    """The samples of a batch, by file."""
+    lines: dict[str, list[int]] = {}
+    for source in batch.sources:
+        file, _, line = source.rpartition(":")
+        lines.setdefault(file, []).append(int(line))
+    return lines
+
+
+def _reached(task: dict[str, Any], held_out_loss: float, met: bool) -> str:
+    """Which of the targets that end training early is reached, in words; empty if none."""
+    if task["stop_at_goals"] and met:
+        return "goals met, controls intact (task.stop_at_goals)"
+    if task["stop_at_loss"] is not None and held_out_loss <= task["stop_at_loss"]:
+        return f"a held-out loss of {held_out_loss:.4f} (task.stop_at_loss={task['stop_at_loss']:g})"
+    return ""
 
 
 def answer(session: Session, prompts: list[str], max_tokens: int, emit: Emit) -> None:

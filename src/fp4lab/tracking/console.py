@@ -117,6 +117,16 @@ def _turn(r: Record) -> str:
     return f"  {r['path']:<14} {escape(r['prompt'])!s} -> {escape(r['text'])}"
 
 
+def _goal(r: Record) -> str:
+    verdict = "" if r["when"] == "before" else "[green]met[/] " if r["met"] else "[red]missed[/] "
+    return f"  goal {r['path']:<14} ({r['when']}): {verdict}{escape(r['prompt'])} -> {escape(r['text'])}"
+
+
+def _controls(r: Record) -> str:
+    text = f"  controls {r['path']:<14} ({r['when']}): {r['kept']} of {r['of']} answers kept, their loss {r['loss']:.4f}"
+    return text + ("" if r["when"] == "before" else f", before {r['loss_before']:.4f}")
+
+
 def _end(r: Record) -> str:
     style = _STYLES.get(r["status"], "red")
     reason = f": {escape(r['reason'])}" if r["reason"] else ""
@@ -130,6 +140,8 @@ _LINES = {
     "first_token_diff": _pair,
     "layer_diff": _layer,
     "turn": _turn,
+    "goal": _goal,
+    "controls": _controls,
     "note": lambda r: f"  [yellow]note[/] {escape(r['text'])}",
     "guard": lambda r: f"  [red]guard[/] {escape(r['reason'])}",
     "file": lambda r: f"  {r['role']:<10} {escape(r['path'])} ({r['format']}, {r['bytes']} bytes, {r['sha256'][:12]})",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fp4lab.events import encode
+from fp4lab.encoding import encode
 from fp4lab.tracking.base import Record
 
 

@@ -111,8 +111,9 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
     n_packed = sum(r * c for r, c in packed.values())
     n_raw = sum(_count(s) for s in raw.values())
     n_embedding = shape.vocab_size * shape.hidden_size
-    trained = {**linears, **shape.raw(), **({} if tied else {HEAD: head})}
-    n = sum(_count(s) for s in trained.values())
+    held = {**linears, **shape.raw(), **({} if tied else {HEAD: head})}
+    trained = {k: s for k, s in held.items() if shape.learns(k, step["train_last_layers"])}
+    n, n_trained = (sum(map(_count, shapes.values())) for shapes in (held, trained))
 
     yield Row("process before the model", "CUDA context" if device == "cuda" else "Python and torch", baseline_mib)
     yield _row("packed codes", f"{n_packed:,} weights / 2", n_packed / 2)
@@ -139,10 +140,10 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
     master_size = _MASTER.get(master, size)
     yield _row("trained parameters", f"{n:,} x {master_size} bytes", n * master_size)
     if master == "packed_residual" and backend == "fp2":
-        n_low = n - sum(_count(s) for s in shape.raw().values())
+        n_low = sum(_count(s) for k, s in trained.items() if k in packed)
         yield _row("residuals", f"{n_low:,} x 1 byte", n_low)
     if chunked and step["join"]:
-        n_low = n - sum(_count(s) for s in shape.raw().values())
+        n_low = sum(_count(s) for k, s in trained.items() if k in packed)
         each = _NVFP4 + _MASTER.get(master, 0)
         yield _row("joined weights", f"{n_low:,} x {each:g} bytes", n_low * each)
     yield from _moments(step, trained, chunked, master_size, device)
@@ -151,18 +152,19 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
             "weights kept for backward", f"{n_packed:,} in the compute dtype, x {size} bytes", n_packed * size, ("forward",)
         )
     yield from _activations(shape, config, size, trained=True)
-    yield _row("gradients", f"{n:,} x {master_size} bytes", n * master_size, ("backward",))
+    yield _row("gradients", f"{n_trained:,} x {master_size} bytes", n_trained * master_size, ("backward",))
     offload = chunked and step["offload_grad"] and device == "cuda"
-    yield _row("gradients in the step", f"{n:,} x {master_size} bytes", n * master_size, ("step",), offload)
+    yield _row("gradients in the step", f"{n_trained:,} x {master_size} bytes", n_trained * master_size, ("step",), offload)
     times = 2 if tied else 1
     text = f"{times} x {n_embedding:,} x {master_size} bytes" + (", head and lookup being added" if tied else "")
-    yield _row("embedding's gradient again", text, times * n_embedding * master_size, ("backward",))
+    if EMBEDDING in trained:
+        yield _row("embedding's gradient again", text, times * n_embedding * master_size, ("backward",))
     if chunked:
         widest = max(s[-1] for s in trained.values())
         scratch = _SCRATCH * step["chunk_rows"] * widest * 4
         yield _row("scratch of a chunk", f"{_SCRATCH} x {step['chunk_rows']} x {widest} x 4 bytes", scratch, ("step",))
     elif device == "cuda":
-        yield _row("foreach temporaries", f"{n:,} x {master_size} bytes", n * master_size, ("step",))
+        yield _row("foreach temporaries", f"{n_trained:,} x {master_size} bytes", n_trained * master_size, ("step",))
 
 
 def _fused(
@@ -239,10 +241,11 @@ def _activations(shape: Qwen3Config, config: dict[str, Any], size: int, trained:
     """What one forward keeps. A token of a layer: the norms' inputs and outputs in fp32 and `size`, q, k, v before and
     after their norm and rotation, the attention's output, gate, up and their product.
     """
-    tokens = config["seq_len"] * (config["task"]["batch_size"] if config["task"]["name"] == "tune" else 1)
+    rows = -(-config["task"]["batch_size"] // config["task"]["accumulate"]) if config["task"]["name"] == "tune" else 1
+    tokens = config["seq_len"] * rows
     h, q, kv, i = shape.hidden_size, shape.q_size, shape.kv_size, shape.intermediate_size
     each = (6 * h + 4 * q + 6 * kv + 4 * i) * size
-    layers = shape.num_hidden_layers if trained else 1
+    layers = (config["step"]["train_last_layers"] or shape.num_hidden_layers) if trained else 1
     phases = ("forward",)
     if trained and config["recompute"] == "block":
         yield _row("inputs of blocks", f"{layers} layers x {tokens} tokens x {h * size:,} bytes", layers * tokens * h * size)

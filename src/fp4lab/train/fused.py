@@ -39,7 +39,7 @@ class FusedAdamW:
 
     `packed` gives the stored NVFP4 image of every linear by name, and is written in place. Raises ValueError for a model that
     was not built of consuming modules. `dense` are the weights before they were packed, where there are any: what float masters
-    and residuals start from. They are taken out of it.
+    and residuals start from. They are taken out of it. `frozen` names what does not learn.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class FusedAdamW:
         options: AdamWOptions,
         after_each: Callable[[int, int], None] | None = None,
         dense: dict[str, Tensor] | None = None,
+        frozen: frozenset[str] = frozenset(),
     ):
         dense = dense or {}
         self.options, self.t, self.after_each = options, 0, after_each
@@ -59,12 +60,15 @@ class FusedAdamW:
         self.static = False  # every launch has the same shape whatever the batch holds: what a CUDA graph needs
         self._norms = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.head, self.tied = packed[HEAD], tied
+        self._head_learns = (EMBEDDING if tied else HEAD) not in frozen
         self._squares = torch.zeros((), dtype=torch.float64, device=self.head.device)
         self._later: list[Head] = []  # heads whose gradient the embedding takes
         trained: dict[str, tuple[Tensor | None, PackedTensor | None]] = {}
         for module_name, module in model.named_modules():  # the order of step=chunked, whose dither goes by it
             name = f"{module_name}.weight"
-            if name in self._norms:
+            if name in frozen:
+                module.frozen = True
+            elif name in self._norms:
                 trained[name] = self._norms[name], None
             elif isinstance(module, ConsumingEmbedding):
                 kept = module.weight
@@ -189,6 +193,8 @@ class FusedAdamW:
 
     def take_head(self, head: "Head") -> None:
         """The backward of the loss: an untied head is updated now, a tied one with the lookup."""
+        if not self._head_learns:
+            return
         if self.tied:
             self._later.append(head)
             return
