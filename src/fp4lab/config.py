@@ -81,6 +81,9 @@ class TaskConfig:
     controls_loss: float = 0.1  # nats a token: the most that the loss of the untuned model's control answers may rise
     stop_at_goals: bool = False  # tune: end training at the first evaluation that meets goals and controls
     stop_at_loss: float | None = None  # tune: end training at the first evaluation with a held-out loss this low
+    checkpoint_every: int = 0  # tune: steps between checkpoints to resume from, in the run's folder; 0 = none
+    checkpoints_kept: int = 1  # tune: the newest that stay
+    resume: str | None = None  # tune: a run's folder, or a checkpoint of it, to go on from
     output: str | None = None  # tune, export: the file (dat) or folder (else) to write
     format: Format = Format.dat  # of `output`
     head: Head = Head.auto  # lm_head in `output`: keep (as it is, tied or not), nvfp4, float; auto: nvfp4 in a .dat, else keep

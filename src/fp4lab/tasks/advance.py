@@ -1,12 +1,14 @@
 """One training step of task=tune, whatever `step` is: loss, gradients, clipping, update, and the new weights for every path."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from fp4lab.errors import Diverged
 from fp4lab.events import Emit, Note, StateHealth
+from fp4lab.model.paths import ste_linears
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.tasks.session import Session
 from fp4lab.tasks.step import Optimizer, byte_report, make_optimizer
@@ -78,6 +80,29 @@ class Advance:
         optimizer.zero_grad(set_to_none=True)
         self.session.publish()
         return Done(value, float(norm), None)
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(kind, tensor) of all that the optimizer keeps, always in the same order."""
+        if not isinstance(self.optimizer, torch.optim.AdamW):
+            yield from self.optimizer.tensors()
+            return
+        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+            yield from self.optimizer.state[p].items()
+
+    def make_state(self) -> None:
+        """torch's AdamW makes its state in its first step: here without one."""
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+                moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+
+    def restore(self, steps: int) -> None:
+        """Goes on from here: the state that `state` names has been written."""
+        self._steps = steps
+        if isinstance(self.optimizer, ChunkedAdamW | JoinedAdamW | FusedAdamW):
+            self.optimizer.t = steps
+        for _, linear in ste_linears(self.model):
+            linear.clear_eval_cache()
 
     def _backward(self, batch: Batch, share: float, step: int) -> float:
         """Adds the gradients of `share` times the mean loss of a part; returns that."""

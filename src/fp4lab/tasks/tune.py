@@ -1,5 +1,6 @@
 """task=tune: train over a data set with a held-out loss, answer the prompts on every path, write a checkpoint."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from fp4lab.tasks.exam import Exam
 from fp4lab.tasks.export import check_output, reloading, save_model
 from fp4lab.tasks.meter import Phases
 from fp4lab.tasks.probe import all_paths, probe
+from fp4lab.tasks.resume import Checkpoints
 from fp4lab.tasks.session import Session, open_session, report_data, report_samples
 from fp4lab.train.batches import IGNORE, Batch, batches
 from fp4lab.train.data import load_samples
@@ -52,25 +54,31 @@ def run(config: dict, emit: Emit) -> None:
         probe(session, config["prompt"], "before", emit)
         phases.done("first_token_done")
     advance = Advance(session, emit)
-    started, seen = time.monotonic(), 0
-    for step in range(config["steps"]):
+    checkpoints = Checkpoints(advance, emit)
+    begun, seen = checkpoints.resume()
+    train = itertools.islice(train, begun, None)
+    started = time.monotonic()
+    for step in range(begun, config["steps"]):
         lr = learning_rate(step, config["steps"], config["lr"], task["warmup_steps"], task["schedule"])
         batch = next(train)
         emit(Fed(step=step, samples=_lines(batch)))
         done = advance(batch, lr)
         seen += int((batch.targets != IGNORE).sum())
         if step % task["log_every"] == 0 or step + 1 == config["steps"]:
-            ms = (time.monotonic() - started) * 1e3 / (step + 1)
+            ms = (time.monotonic() - started) * 1e3 / (step + 1 - begun)
             emit(Loss(step=step, loss=done.loss, grad_norm=done.grad_norm, tokens=seen, lr=lr, ms=ms))
             if done.health is not None:
                 emit(done.health)
+        checkpoints.step_done(step + 1, seen)
         emit(Progress(what="training", done=step + 1, total=config["steps"]))
         last = step + 1 == config["steps"]
         if last or (task["eval_every"] and (step + 1) % task["eval_every"] == 0):
-            value, tokens = evaluate(session.model, held_out, config["loss"])
-            emit(Loss(step=step, loss=value, split="eval", tokens=tokens))
-            if not math.isfinite(value):
-                raise Diverged(f"the held-out loss is {value} after step {step}")
+            value = math.inf
+            if held_out:
+                value, tokens = evaluate(session.model, held_out, config["loss"])
+                emit(Loss(step=step, loss=value, split="eval", tokens=tokens))
+                if not math.isfinite(value):
+                    raise Diverged(f"the held-out loss is {value} after step {step}")
             met = exam is not None and exam.ask_itself(session, step)
             if reached := _reached(task, value, met):
                 emit(Note(topic="stop", text=f"training ended after step {step}: {reached}"))
@@ -84,7 +92,7 @@ def run(config: dict, emit: Emit) -> None:
         written = save_model(session, emit, trained=True)
         phases.done("export_done")
         if exam is not None:
-            del session, advance, train  # the model that was trained is gone before it is loaded again
+            del session, advance, checkpoints, train  # the model that was trained is gone before it is loaded again
             again = open_session(reloading(config, written), emit)
             exam.ask(again, all_paths(again), "reloaded", step)
     phases.done("cleanup_done")
@@ -106,6 +114,14 @@ def _data(session: Session, emit: Emit) -> tuple[Iterator[Batch], list[Batch]]:
         report_data(path, emit)
     report_samples(session, samples, emit)
     train = batches(samples, size, pad, config["seed"], None, config["seq_len"], config["task"]["pack"], data["order"])
+    if not held_out:
+        said = (
+            f"no sample of {sources[1][0]} is held out (a tenth is, by its text): no held-out loss; data.held_out=FILE has one"
+        )
+        if config["task"]["stop_at_loss"] is not None:
+            raise UserError(f"task.stop_at_loss: {said}")
+        emit(Note(topic="data", text=said))
+        return train, []
     return train, list(batches(held_out, size, pad, 0, pack=False))
 
 
