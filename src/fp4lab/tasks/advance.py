@@ -13,11 +13,12 @@ from fp4lab.model.qwen3 import Qwen3
 from fp4lab.tasks.session import Session
 from fp4lab.tasks.step import Optimizer, byte_report, make_optimizer
 from fp4lab.train import grads
-from fp4lab.train.adamw import ChunkedAdamW
+from fp4lab.train.adamw import ChunkedAdamW, ParameterState
 from fp4lab.train.batches import IGNORE, Batch
 from fp4lab.train.fused import FusedAdamW
 from fp4lab.train.joined import JoinedAdamW
 from fp4lab.train.loss import LOSSES
+from fp4lab.train.state import named_parts
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Advance:
         """(kind, tensor) of all that the optimizer keeps, always in the same order."""
         if not isinstance(self.optimizer, torch.optim.AdamW):
             yield from self.optimizer.tensors()
+            for codes in (s.codes for s in _states(self.optimizer) if s.codes is not None):
+                yield from ((f"codes_{part}", t) for part, t in named_parts(codes))
             return
         for p in (p for group in self.optimizer.param_groups for p in group["params"]):
             yield from self.optimizer.state[p].items()
@@ -123,6 +126,14 @@ class Advance:
     def _finite(self, norm: torch.Tensor, step: int) -> None:
         if not math.isfinite(norm):
             raise Diverged(f"the gradient's norm is {float(norm)} at step {step}, and the loss was finite")
+
+
+def _states(optimizer: Optimizer) -> list[ParameterState]:
+    if isinstance(optimizer, JoinedAdamW):
+        return [g.state for g in optimizer.groups]
+    if isinstance(optimizer, FusedAdamW):
+        return list(optimizer.states.values())
+    return list(optimizer.states) if isinstance(optimizer, ChunkedAdamW) else []
 
 
 def _torch_adamw(session: Session) -> torch.optim.AdamW:
