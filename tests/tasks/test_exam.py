@@ -76,8 +76,8 @@ def test_what_is_missed_is_said_with_path_answer_and_expectation(compose, files)
         *(f"data.path={files['data']}", f"task.goals={files['goals']}", f"task.controls={files['controls']}"),
         *("step=dense", "lr=0", "steps=1"),
     )
-    assert all(f"after: {path} answers '你是誰' with '我是 Tiny" in missed for path in "ABC") and "expected '好的'" in missed
-    assert "thank you" not in missed and "keeps" not in missed  # untrained: the rest is as it was
+    assert missed.startswith("'你是誰' gets '我是 Tiny") and missed.endswith("expected '好的' (after on A, B, C)")
+    assert ";" not in missed  # untrained: the rest is as it was
     for r in (r for r in records if r["kind"] == "controls"):
         assert r["kept"] == r["of"] == 3 and r["changed"] == []
         assert r["loss"] == pytest.approx(r["loss_before"], abs=1e-4)
@@ -89,10 +89,11 @@ def test_controls_that_move_beyond_the_bounds_are_a_miss(compose, files):
         *(f"data.path={files['data']}", f"task.goals={files['goals']}", f"task.controls={files['controls']}"),
         *("step=dense", "lr=3e-3", "steps=12"),
     )
-    assert "A keeps" in missed and "expected 90%" in missed and "the loss of control answers on C went from" in missed
+    assert "of 3 control answers are kept, expected 90% (after on A, B, C)" in missed
+    assert "the loss of control answers went from" in missed
     (one, *_) = [r for r in records if r["kind"] == "controls" and r["when"] == "after"]
     assert one["kept"] < one["of"] and one["changed"] and all(was != now for _, was, now in one["changed"])
-    assert "'thank you' with" in missed  # unchanged it was to be
+    assert "'thank you' gets" in missed  # unchanged it was to be
 
 
 def test_a_goal_that_the_untuned_model_meets_is_refused(compose, tmp_path):
@@ -137,7 +138,7 @@ def test_the_run_exits_with_its_own_code_and_the_reason(files, tmp_path):
     )  # fmt: skip
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert done.returncode == STATUSES["goals_missed"] == 6 and result["status"] == "goals_missed", done.stdout + done.stderr
-    assert result["reason"].startswith("after: A answers '你是誰'")
+    assert result["reason"].startswith("'你是誰' gets '我是 Tiny")
     assert result["goals"]["when"] == "after" and result["goals"]["A.infer"] == {"你是誰": False, "thank you": True, "hi": True}
 
 

@@ -38,12 +38,12 @@ class Asked:
 class Exam:
     """`Exam.of(session, emit)` before the first step, `ask` whenever it should be known where the model stands.
 
-    `missed` holds, in words, what the last questions with when "after" and "reloaded" found wrong.
+    `missed` holds what was found wrong "after" training and "reloaded", in words: on which paths, by when.
     """
 
     def __init__(self, session: Session, emit: Emit):
         task = session.config["task"]
-        self.emit, self.missed = emit, list[str]()
+        self.emit, self.missed = emit, dict[str, dict[str, str]]()
         self._most, self._limit = task["max_tokens"], task["repetition_limit"]
         self._least_kept, self._most_loss = task["controls_kept"], task["controls_loss"]
         self._goals = [self._with_base(session, g) for g in (load_goals(task["goals"]) if task["goals"] else [])]
@@ -59,9 +59,11 @@ class Exam:
 
     def ask(self, session: Session, paths: dict[str, Any], when: str, step: int) -> bool:
         """Whether all goals are met and the controls intact on all `paths`; emits an event for each goal and path."""
-        wrong = [text for name, path in paths.items() for text in self._ask(session, name, path, when, step)]
+        wrong = [(text, name[0]) for name, path in paths.items() for text in self._ask(session, name, path, when, step)]
         if when in ("after", "reloaded"):
-            self.missed += [f"{when}: {text}" for text in wrong]
+            for text, letter in wrong:
+                on = self.missed.setdefault(text, {})
+                on[when] = on.get(when, "") + letter
         return not wrong
 
     def ask_itself(self, session: Session, step: int) -> bool:
@@ -71,7 +73,10 @@ class Exam:
     def conclude(self) -> None:
         """Raises GoalsMissed, with all that is wrong."""
         if self.missed:
-            raise GoalsMissed("; ".join(self.missed))
+            where = {
+                text: ", ".join(f"{when} on {', '.join(on)}" for when, on in by.items()) for text, by in self.missed.items()
+            }
+            raise GoalsMissed("; ".join(f"{text} ({on})" for text, on in where.items()))
 
     def _with_base(self, session: Session, goal: Goal) -> Goal:
         answer, text = self._reply(session, session.model, [{"role": "user", "content": goal.prompt}])
@@ -98,9 +103,9 @@ class Exam:
             share = self._emit_goal(goal, when, step, name, answer, text)
             if not goal.met(text, answer.finish == "stop"):
                 wanted = f"{'not ' if goal.rule == 'without' else ''}{goal.wanted!r}"
-                wrong.append(f"{name[0]} answers {goal.prompt!r} with {text!r}, expected {wanted}")
+                wrong.append(f"{goal.prompt!r} gets {text!r}, expected {wanted}")
             if self._limit is not None and share >= self._limit:
-                wrong.append(f"{name[0]} repeats itself in its answer to {goal.prompt!r}")
+                wrong.append(f"the answer to {goal.prompt!r} repeats itself")
         if self._controls:
             wrong += self._ask_controls(session, name, path, when, step)
         return wrong
@@ -118,14 +123,14 @@ class Exam:
         self.emit(event)
         wrong = []
         if event.kept < self._least_kept * event.of:
-            wrong.append(f"{name[0]} keeps {event.kept} of {event.of} control answers, expected {self._least_kept:.0%}")
+            wrong.append(f"{event.kept} of {event.of} control answers are kept, expected {self._least_kept:.0%}")
         if not loss - self._loss_before <= self._most_loss:  # not-a-number is wrong too
             wrong.append(
-                f"the loss of control answers on {name[0]} went from {self._loss_before:.3f} to {loss:.3f}, expected a rise of "
+                f"the loss of control answers went from {self._loss_before:.3f} to {loss:.3f}, expected a rise of "
                 f"{self._most_loss:g} at most"
             )
         if self._limit is not None and event.repetition >= self._limit:
-            wrong.append(f"{name[0]} repeats itself in its answer to a control prompt")
+            wrong.append("the answer to a control prompt repeats itself")
         return wrong
 
     def _emit_goal(self, goal: Goal, when: str, step: int, path: str, answer: Answer, text: str) -> float:
