@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fp4lab.nvfp4 import pack, unpack
-from fp4lab.nvfp4.product_kernel import product, product_back, why_not
+from fp4lab.nvfp4.product_kernel import describe, product, product_back, why_not
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -28,7 +28,7 @@ def test_products_are_those_of_the_decoded_matrix(rule, levels, shape, n):
     w = unpack(p, torch.float64)
     x = torch.randn(n, shape[1], device="cuda", dtype=torch.bfloat16)
     dy = torch.randn(n, shape[0], device="cuda", dtype=torch.bfloat16)
-    assert why_not(x, p) is None
+    assert why_not(p, x.dtype, n) is None
     close(product(x, p), x.double() @ w.T, x.double().abs() @ w.T.abs())
     close(product_back(dy, p), dy.double() @ w, dy.double().abs() @ w.abs())
 
@@ -50,7 +50,14 @@ def test_a_block_scale_that_is_nan_reaches_the_products():
 
 
 def test_what_it_is_not_for():
-    p = matrix((64, 256), "torchao", "single")
-    assert "bfloat16" in why_not(torch.ones(1, 256, device="cuda"), p)
-    assert "tiles" in why_not(torch.ones(1, 64, device="cuda", dtype=torch.bfloat16), matrix((16, 64), "torchao", "single"))
-    assert "row" in why_not(torch.ones(1, 256, device="cuda", dtype=torch.bfloat16), matrix((64, 256), "nearest", "row"))
+    p, row, odd = (
+        matrix((64, 256), "torchao", "single"),
+        matrix((64, 256), "nearest", "row"),
+        matrix((16, 64), "torchao", "single"),
+    )
+    assert "bfloat16" in (why_not(p, torch.float32) or "")
+    assert "tiles" in (why_not(odd, torch.bfloat16) or "")
+    assert "row" in (why_not(row, torch.bfloat16) or "")
+    assert "many" in (why_not(p, torch.bfloat16, 17) or "")
+    said = describe([p, p, row], torch.bfloat16)
+    assert "with 2 of 3 matrices" in said and "per row" in said

@@ -3,6 +3,8 @@
 Unpacked values are the same bits either way; products differ in the order of their sums.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,7 @@ def unpack(p: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def matmul(x: Tensor, p: PackedTensor) -> Tensor:
     """x [..., in] times the transpose of p [out, in] -> [..., out] in x's dtype."""
     flat = x.reshape(-1, x.shape[-1])
-    if product_kernel.why_not(flat, p) is None:
+    if product_kernel.why_not(p, x.dtype, len(flat)) is None:
         return product_kernel.product(flat.contiguous(), p).view(*x.shape[:-1], p.shape[0])
     return F.linear(x, unpack(p, x.dtype))
 
@@ -27,6 +29,12 @@ def matmul(x: Tensor, p: PackedTensor) -> Tensor:
 def matmul_back(dy: Tensor, p: PackedTensor) -> Tensor:
     """dy [..., out] times p [out, in] -> [..., in] in dy's dtype: what `matmul` hands back to x."""
     flat = dy.reshape(-1, dy.shape[-1])
-    if product_kernel.why_not(flat, p) is None:
+    if product_kernel.why_not(p, dy.dtype, len(flat)) is None:
         return product_kernel.product_back(flat.contiguous(), p).view(*dy.shape[:-1], p.shape[1])
     return dy @ unpack(p, dy.dtype)
+
+
+def describe(matrices: Iterable[PackedTensor], device: torch.device, dtype: torch.dtype) -> str:
+    """Which paths decode and multiply on this device, for the records."""
+    said = kernels.describe(device)
+    return f"{said}; {product_kernel.describe(matrices, dtype)}" if kernels.available(device) else said

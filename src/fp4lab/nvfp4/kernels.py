@@ -37,8 +37,7 @@ def available(device: torch.device) -> bool:
 def describe(device: torch.device) -> str:
     """Which path decodes and encodes on this device, for the records."""
     if available(device):
-        few = "products of few rows decode on the way" if gl is not None else "no Gluon: products of few rows decode first"
-        return f"NVFP4 is decoded by Triton {triton.__version__} kernels; {few}"
+        return f"NVFP4 is decoded by Triton {triton.__version__} kernels"
     why = "the device is no GPU" if device.type != "cuda" else "Triton is not installed (pip install triton)"
     return f"NVFP4 is decoded by plain torch operations: {why}"
 

@@ -10,6 +10,7 @@ explicit layouts.
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,22 +27,30 @@ FLIGHT = 5
 PROGRAMS = 132 * 2  # about how many the backward is split into
 
 
-def why_not(x: Tensor, p: PackedTensor) -> str | None:
-    """Why x [n, either] and p [rows, cols] are not multiplied here, or None."""
+def why_not(p: PackedTensor, dtype: torch.dtype, n: int = 1) -> str | None:
+    """Why n rows of this dtype and p [rows, cols] are not multiplied here, or None."""
     rows, cols = p.shape
-    if len(x) > TOKENS:
-        return f"{len(x)} rows of x are many: decoding first is as fast"
-    if not kernels.available(x.device):
+    if n > TOKENS:
+        return f"{n} rows are many: decoding first is as fast"
+    if not kernels.available(p.device):
         return "the device is no GPU with Triton"
     if kernels.gl is None:
         return "this Triton has no Gluon"
-    if x.dtype != torch.bfloat16:
-        return f"it is for bfloat16, not {x.dtype}"
+    if dtype != torch.bfloat16:
+        return f"it is for bfloat16, not {dtype}"
     if p.levels == "row":
         return "its second-level scale is per row"
     if cols % CHUNK or rows % ROWS:
         return f"{rows} x {cols} is not whole tiles of {ROWS} x {CHUNK}"
     return None
+
+
+def describe(matrices: Iterable[PackedTensor], dtype: torch.dtype) -> str:
+    """Which path products of few rows take, for the records."""
+    reasons = [why_not(p, dtype) for p in matrices]
+    why = sorted({r for r in reasons if r is not None})
+    text = f"products of up to {TOKENS} rows decode on the way with {reasons.count(None)} of {len(reasons)} matrices"
+    return text + "".join(f"; else they decode first: {w}" for w in why)
 
 
 def product(x: Tensor, p: PackedTensor) -> Tensor:

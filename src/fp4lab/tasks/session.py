@@ -27,7 +27,7 @@ from fp4lab.model.paths import (
 )
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.model.store import WeightStore, build_store, random_weights
-from fp4lab.nvfp4 import PackedTensor, count_changed, keep_zero_signs, kernels, native_available, pack, repack_like
+from fp4lab.nvfp4 import PackedTensor, count_changed, dispatch, keep_zero_signs, native_available, pack, repack_like
 from fp4lab.tasks.incidents import quirk_notes
 from fp4lab.tasks.limits import preflight
 from fp4lab.train import checks
@@ -216,7 +216,7 @@ def _model(s: Session, emit: Emit, trains: bool) -> Qwen3 | Bridge:
             "and W4A4 is emulated"
         )
     if s.device.type == "cuda":
-        emit(Note(topic="kernels", text=kernels.describe(s.device)))
+        emit(Note(topic="kernels", text=dispatch.describe(s.store.packed.values(), s.device, s.dtype)))
     for note in quirk_notes(s.config, s.shape, s.store):
         emit(note)
     if s.activations == "nvfp4" and not s.native:
