@@ -247,9 +247,11 @@ def test_an_interrupted_supervisor_does_not_wait_for_ever(supervisor, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_while_the_worker_is_being_started_waits(go, tmp_path, monkeypatch, number):
+def test_a_signal_while_the_worker_is_being_started_waits(go, tmp_path, monkeypatch, request, number):
     """There is a worker, and nobody watches it yet: the interruption must reach it all the same."""
     enter, seen = registry.enter, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell starts with it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupted(server: int, worker: int, out_dir):
         seen.append(worker)
