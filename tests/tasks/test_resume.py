@@ -74,7 +74,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
             *TRAIN,
             "step=fused",
             "tracker=off",
-            "steps=12",
+            "steps=8",
             "task.checkpoint_every=1",
             f"hydra.run.dir={tmp_path / name}",
         ]
