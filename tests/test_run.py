@@ -19,9 +19,15 @@ ROOT = Path(__file__).parent.parent
 QUIET = ["tracker=off", "threads=1"]
 
 
+def hears_ctrl_c() -> None:
+    """A background job of a shell starts with SIGINT ignored, and what it starts too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*args: str, **kwargs) -> subprocess.Popen:
     command = [sys.executable, "run.py", *args, *QUIET]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, preexec_fn=hears_ctrl_c, **pipes, **kwargs)
 
 
 def run(*args: str) -> tuple[int, str]:
