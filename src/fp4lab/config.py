@@ -57,6 +57,8 @@ Blind = Enum("Blind", ["warn", "refuse"])
 Schedule = Enum("Schedule", ["constant", "cosine"])
 
 
+# Folders in a run's own: what a training goes on from; what attempts that died left
+CHECKPOINTS, BEFORE = "checkpoints", "before-"
 PHASES = tuple(p.name for p in StopAfter if p is not StopAfter.none)  # in order
 
 
@@ -83,7 +85,7 @@ class TaskConfig:
     stop_at_loss: float | None = None  # tune: end training at the first evaluation with a held-out loss this low
     checkpoint_every: int = 0  # tune: steps between checkpoints to resume from, in the run's folder; 0 = none
     checkpoints_kept: int = 1  # tune: the newest that stay
-    resume: str | None = None  # tune: a run's folder, or a checkpoint of it, to go on from
+    resume: str | None = None  # tune: a run's folder, or a checkpoint of it, to go on from; with sweep.resume its own
     output: str | None = None  # tune, export: the file (dat) or folder (else) to write
     format: Format = Format.dat  # of `output`
     head: Head = Head.auto  # lm_head in `output`: keep (as it is, tied or not), nvfp4, float; auto: nvfp4 in a .dat, else keep
@@ -223,7 +225,7 @@ class DataConfig:
 
 @dataclass
 class SweepConfig:
-    resume: bool = False  # skip runs that already finished with the same configuration
+    resume: bool = False  # skip runs that finished with the same configuration, go on from the checkpoints of others
 
 
 @dataclass
@@ -270,6 +272,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def fingerprint(config: dict[str, Any]) -> str:
-    """SHA-256 of what decides a run's numbers; where records go and what is skipped does not."""
+    """SHA-256 of what decides a run's numbers; where records go, what is skipped and where it was interrupted do not."""
     kept = {k: v for k, v in config.items() if k not in ("tracker", "sweep", "dry_run", "guard")}
+    kept["task"] = {k: v for k, v in config["task"].items() if k not in ("checkpoint_every", "checkpoints_kept", "resume")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,7 @@ from typing import Any
 
 from fp4lab.events import KINDS
 
+EVENTS = "events.jsonl"  # in a run's folder
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 

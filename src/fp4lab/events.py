@@ -82,7 +82,7 @@ class File(Event):
     """A file the run read (or wrote), resolved."""
 
     kind: ClassVar[str] = "file"
-    role: str = ""  # weights, config, tokenizer, data, output
+    role: str = ""  # weights, config, tokenizer, data, output, checkpoint, snapshot
     path: str = ""
     format: str = ""
     bytes: int = 0

@@ -7,10 +7,10 @@ from typing import Any
 
 from fp4lab.choices import check
 from fp4lab.config import register, to_dict
+from fp4lab.encoding import EVENTS
 from fp4lab.errors import Collapsed, UserError
 from fp4lab.events import STATUSES
 from fp4lab.supervise.ledger import Ledger
-from fp4lab.supervise.run import EVENTS
 from fp4lab.tracking.chatlog import ChatLog
 from fp4lab.tracking.jsonl import JsonlTracker
 

@@ -11,14 +11,15 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from fp4lab.choices import check
-from fp4lab.config import fingerprint, to_dict
+from fp4lab.config import CHECKPOINTS, fingerprint, to_dict
+from fp4lab.encoding import EVENTS
 from fp4lab.errors import UserError
 from fp4lab.events import STATUSES
 from fp4lab.supervise.client import server
-from fp4lab.supervise.resume import RESULT, finished
-from fp4lab.supervise.run import EVENTS, refused, supervise
+from fp4lab.supervise.resume import RESULT, attempt, finished, set_aside
+from fp4lab.supervise.run import LOG, refused, supervise
 from fp4lab.tracking.base import Tracker
-from fp4lab.tracking.chatlog import ChatLog
+from fp4lab.tracking.chatlog import LINES, TEXT, ChatLog
 from fp4lab.tracking.console import ConsoleTracker
 from fp4lab.tracking.jsonl import JsonlTracker
 
@@ -52,6 +53,14 @@ def job(cfg: Any) -> float | None:
         if done is not None:
             print(f"{title}\n  skipped: already {done['status']} with this configuration")
             return done["loss"]
+        left = attempt(out_dir)
+        if left is not None and not config["sweep"]["resume"]:  # nothing here is touched, not even by a result
+            print(f"{title}\n  refused: {_occupied(out_dir, left)}", file=sys.stderr)
+            _codes.append(STATUSES["failed"])
+            return None
+        if left is not None and config["task"]["name"] == "tune":
+            left = set_aside(out_dir, (EVENTS, RESULT, LOG, TEXT, LINES)) if left == out_dir else left
+            config["task"]["resume"] = str(left)
         server()  # its imports overlap with what follows
         trackers = _trackers(config, out_dir, sweep_dir, choices, title)
         result = supervise(config, out_dir, overrides=overrides, choices=choices, trackers=trackers)
@@ -82,6 +91,13 @@ def codes_in(folder: Path, since: float) -> list[int]:
     """The codes of the runs below `folder` that ended after `since` (seconds of the epoch), by name."""
     paths = [p for p in sorted(folder.rglob(RESULT)) if p.stat().st_mtime >= since - _CLOCKS_S]
     return [STATUSES[json.loads(p.read_text(encoding="utf-8"))["status"]] for p in paths]
+
+
+def _occupied(out_dir: Path, left: Path) -> str:
+    return (
+        f"{left / CHECKPOINTS} has what an earlier run goes on from; sweep.resume=true does, or give another hydra.run.dir "
+        f"(and task.resume={left}), or remove {out_dir}"
+    )
 
 
 def _trackers(

@@ -4,19 +4,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fp4lab.encoding import decode, defaults, revive
+from fp4lab.config import BEFORE
+from fp4lab.encoding import EVENTS, decode, defaults, revive
 from fp4lab.errors import UserError
 from fp4lab.supervise.resume import RESULT
-from fp4lab.supervise.run import EVENTS
 
 _NAMED_FLOATS = (b'"nan"', b'"inf"', b'"-inf"')
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The runs directly below `folder`, or `folder` itself, by job number. Raises UserError if there are none."""
+    """The runs directly below `folder`, or `folder` itself, by job number; no attempts of a run that were set aside in it.
+
+    Raises UserError if there are none.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a sweep's folder or a run's, e.g. one below outputs/")
-    candidates = [folder, *(p for p in folder.iterdir() if p.is_dir())]
+    candidates = [folder, *(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(BEFORE))]
     found = [p for p in candidates if (p / EVENTS).is_file() or (p / RESULT).is_file()]
     if not found:
         raise UserError(f"{folder}: no runs in it; expected {EVENTS} or {RESULT} there or in its direct subfolders")

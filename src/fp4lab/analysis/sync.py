@@ -12,10 +12,10 @@ from typing import Any
 from fp4lab.analysis.records import read_events, run_folders
 from fp4lab.analysis.report import write_report
 from fp4lab.analysis.rows import RunRow
+from fp4lab.encoding import EVENTS
 from fp4lab.errors import UserError
 from fp4lab.events import STATUSES
 from fp4lab.supervise import registry
-from fp4lab.supervise.run import EVENTS
 from fp4lab.tracking.wandb_file import finished
 from fp4lab.tracking.wandb_view import View, options, start
 

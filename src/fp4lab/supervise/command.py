@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fp4lab.encoding import EVENTS
 from fp4lab.errors import UserError
 from fp4lab.events import STATUSES, Guard
 from fp4lab.supervise.client import WorkerServer
 from fp4lab.supervise.ledger import Ledger
-from fp4lab.supervise.run import EVENTS, watch
+from fp4lab.supervise.run import watch
 from fp4lab.tracking.base import Tracker
 from fp4lab.tracking.jsonl import JsonlTracker
 

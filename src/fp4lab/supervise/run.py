@@ -21,7 +21,7 @@ from fp4lab.telemetry.reader import MemoryReader
 from fp4lab.tracking.base import Tracker
 
 ENTRY = "fp4lab.tasks.worker:main"
-EVENTS, LOG = "events.jsonl", "worker.log"
+LOG = "worker.log"
 _PROGRESS = {"start", "phase", "loss", "turn", "progress", "first_token", "file"}
 
 Launch = Callable[[WorkerServer, int], int]  # (server, event pipe) -> pid

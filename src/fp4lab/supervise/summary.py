@@ -66,6 +66,8 @@ class Summary:
             if known is None or known["when"] != record["when"] or _badness(record) >= _badness(known):
                 self.pairs[record["pair"]] = {k: v for k, v in record.items() if k not in ("t", "wall", "kind", "pair")}
         elif kind == "file":
+            if record["role"] == "checkpoint":  # the last that was written or read stands for all
+                self.files = [f for f in self.files if f["role"] != "checkpoint"]
             self.files.append({k: record[k] for k in ("role", "path", "format", "bytes", "sha256")})
         elif kind == "note":
             self.notes.append(record["text"])

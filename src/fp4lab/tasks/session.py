@@ -279,8 +279,12 @@ def report_samples(session: Session, samples: Sequence[Sample], emit: Emit) -> N
             emit(Note(topic=topic, text=text))
 
 
+def data_files(path: str) -> list[Path]:
+    """The file, or the files of the folder by name."""
+    return [Path(path)] if Path(path).is_file() else sorted(p for p in Path(path).iterdir() if p.is_file())
+
+
 def report_data(path: str, emit: Emit) -> None:
     """A File event for every file of the training text."""
-    files = [Path(path)] if Path(path).is_file() else sorted(p for p in Path(path).iterdir() if p.is_file())
-    for file in files:
+    for file in data_files(path):
         _report(emit, FileInfo("data", file, file.suffix.lstrip(".")))

@@ -58,6 +58,9 @@ def run(config: dict, emit: Emit) -> None:
     begun, seen = checkpoints.resume()
     train = itertools.islice(train, begun, None)
     started = time.monotonic()
+    step = begun - 1
+    if begun == config["steps"]:  # it died after its last step
+        _evaluate(session, held_out, step, emit)
     for step in range(begun, config["steps"]):
         lr = learning_rate(step, config["steps"], config["lr"], task["warmup_steps"], task["schedule"])
         batch = next(train)
@@ -69,20 +72,15 @@ def run(config: dict, emit: Emit) -> None:
             emit(Loss(step=step, loss=done.loss, grad_norm=done.grad_norm, tokens=seen, lr=lr, ms=ms))
             if done.health is not None:
                 emit(done.health)
-        checkpoints.step_done(step + 1, seen)
         emit(Progress(what="training", done=step + 1, total=config["steps"]))
         last = step + 1 == config["steps"]
         if last or (task["eval_every"] and (step + 1) % task["eval_every"] == 0):
-            value = math.inf
-            if held_out:
-                value, tokens = evaluate(session.model, held_out, config["loss"])
-                emit(Loss(step=step, loss=value, split="eval", tokens=tokens))
-                if not math.isfinite(value):
-                    raise Diverged(f"the held-out loss is {value} after step {step}")
+            value = _evaluate(session, held_out, step, emit)
             met = exam is not None and exam.ask_itself(session, step)
             if reached := _reached(task, value, met):
                 emit(Note(topic="stop", text=f"training ended after step {step}: {reached}"))
                 break
+        checkpoints.step_done(step + 1, seen)  # when all of the step is recorded
     phases.done("optimizer_step_done")
     probe(session, config["prompt"], "after", emit)
     answer(session, task["prompts"], task["max_tokens"], emit)
@@ -123,6 +121,17 @@ def _data(session: Session, emit: Emit) -> tuple[Iterator[Batch], list[Batch]]:
         emit(Note(topic="data", text=said))
         return train, []
     return train, list(batches(held_out, size, pad, 0, pack=False))
+
+
+def _evaluate(session: Session, held_out: list[Batch], step: int, emit: Emit) -> float:
+    """The held-out loss, infinite where there is nothing to take it on. Raises Diverged."""
+    if not held_out:
+        return math.inf
+    value, tokens = evaluate(session.model, held_out, session.config["loss"])
+    emit(Loss(step=step, loss=value, split="eval", tokens=tokens))
+    if not math.isfinite(value):
+        raise Diverged(f"the held-out loss is {value} after step {step}")
+    return value
 
 
 def _lines(batch: Batch) -> dict[str, list[int]]:
