@@ -28,6 +28,7 @@ OURS = {
     "fp4lab": ["step=fused", "weights.embedding=nvfp4", "step.health_every=0"],
     "fp4lab-counting": ["step=fused", "weights.embedding=nvfp4"],
     "fp4lab-eager": ["step=fused", "weights.embedding=nvfp4", "step.health_every=0", "step.graph=false"],
+    "fp4lab-one-stream": ["step=fused", "weights.embedding=nvfp4", "step.health_every=0", "step.streams=0"],
     "fp4lab-torch-ops": ["step=fused", "weights.embedding=nvfp4", "step.kernels=false", "step.chunk_rows=2048"],
     "fp4lab-raw-embedding": ["step=fused"],
     "fp4lab-chunked": ["step=chunked", "step.chunk_rows=64"],

@@ -16,6 +16,7 @@ _BOUNDS: dict[str, tuple[float, bool]] = {
     "step.train_last_layers": (1, True),
     "step.eps": (0, False),
     "step.health_every": (0, True),
+    "step.streams": (0, True),
     "step.beta1": (0, True),
     "step.beta2": (0, True),
     "step.weight_decay": (0, True),
@@ -231,7 +232,7 @@ TASK_PHASES = {
 }
 _TRAINING_ONLY = ("lr", "steps", "seq_len", "loss", "data.path", "data.order")
 _NOT_FUSED = {f"step.{k}" for k in ("join", "flush_each_param", "offload_mv", "offload_w", "offload_grad", "sanitize")}
-_FUSED_ONLY = {f"step.{k}" for k in ("kernels", "graph", "health_every")}
+_FUSED_ONLY = {f"step.{k}" for k in ("kernels", "streams", "graph", "health_every")}
 _CHUNKED_ONLY = {
     f"step.{k}"
     for k in (

@@ -166,6 +166,7 @@ class StepConfig:
     clip_grad: float | None = None  # clip the global gradient norm to this
     sanitize: bool = False  # NaN and Inf in gradients become 0
     kernels: bool = True  # step=fused on a GPU: updates by Triton kernels; false: plain torch
+    streams: int = 2  # step=fused on a GPU: CUDA streams beside the backward's, for weight gradients and updates; 0: none
     graph: bool = True  # step=fused on a GPU: a shape's later steps are one captured CUDA graph; false: eager
     health_every: int = 1  # every this many steps it is counted what became of weights and blocks; 0: never
 

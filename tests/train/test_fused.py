@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracle import SHAPES, hf_model, shape_of, store_of, weights_of
 
+from fp4lab.model import linears
 from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.model.paths import fp2_model, fused_model, reference_model
 from fp4lab.nvfp4 import count_changed, keep_zero_signs, repack_like, unpack
@@ -142,6 +143,22 @@ def test_recomputing_changes_nothing_but_what_is_kept(name, way, share):
     assert kept[way] < kept["none"] * share
 
 
+@pytest.mark.parametrize("way, again", [("none", 0), ("block", 6), ("selective", 2)])
+def test_what_is_computed_again_leaves_out_the_last_product(way, again, monkeypatch):
+    """Of a block its down projection: only its input is wanted."""
+    s = store("untied, 4 groups")
+    model = fused_model(s, torch.float32)
+    model.recompute = way
+    optimizer, products = FusedAdamW(model, s.packed, s.tied, AdamWOptions(master="packed")), []
+    real = linears.matmul
+    monkeypatch.setattr(linears, "matmul", lambda x, p, decoded=None: products.append(p) or real(x, p, decoded))
+    optimizer.begin(1e-3)
+    optimizer.loss(model.hidden(IDS), TARGETS).backward()
+    layers = len(model.model.layers)
+    assert len(products) == layers * (7 + again)
+    assert all(m.decoded is None and not m.again for m in model.modules() if isinstance(m, linears.ConsumingLinear))
+
+
 def test_no_gradient_of_a_linear_outlives_its_update(monkeypatch):
     """Each gradient that arrives is the only one alive."""
     import gc
@@ -161,7 +178,7 @@ def test_no_gradient_of_a_linear_outlives_its_update(monkeypatch):
 
     for key, module in model.named_modules():
         if hasattr(module, "packed") and key != "lm_head":
-            module.consume = lambda grad, key=key: watch(f"{key}.weight", grad)
+            module.consume = lambda dy, x, key=key: watch(f"{key}.weight", dy.T @ x)
     optimizer.begin(1e-3)
     optimizer.loss(model.hidden(IDS), TARGETS).backward()
     assert len(alive) == 14

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fp4lab.nvfp4 import PackedTensor, matmul, matmul_back, pack, quantize_activations, scaled_fp4_matmul, unpack
+from fp4lab.nvfp4 import PackedTensor, decode, matmul, matmul_back, pack, quantize_activations, scaled_fp4_matmul, unpack
 
 ACTIVATIONS = ("none", "nvfp4")
 
@@ -127,31 +127,39 @@ class _Consumed(torch.autograd.Function):
         rounded = _round_input(x, linear.activations)
         ctx.linear = linear
         ctx.save_for_backward(rounded)
-        return matmul(rounded, linear.packed)
+        if linear.again and linear.last:  # the input is what was wanted: torch's checkpoint stops at it
+            return x.new_empty(*x.shape[:-1], linear.packed.shape[0])
+        if linear.again:
+            linear.decoded = decode(rounded, linear.packed)
+        return matmul(rounded, linear.packed, linear.decoded)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         (x,), linear = ctx.saved_tensors, ctx.linear
-        dx = matmul_back(dy, linear.packed) if ctx.needs_input_grad[0] else None
-        if linear.frozen:
-            return dx, None
-        assert linear.consume is not None, "nobody takes this linear's gradient"
-        linear.consume(dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
+        decoded, linear.decoded = linear.decoded, None
+        dx = matmul_back(dy, linear.packed, decoded) if ctx.needs_input_grad[0] else None
+        if not linear.frozen:
+            assert linear.consume is not None, "nobody takes this linear's gradient"
+            linear.consume(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
         return dx, None
 
 
 class ConsumingLinear(nn.Module):
     """B without a float parameter: the packed weight is all that it reads; a master, if any, is the optimizer's.
 
-    Forward and backward dequantise it for one product each. The gradient of the dequantised weight, [out, in] in the compute
-    dtype, goes to `consume` the moment it exists, after the input's gradient, and is never kept.
+    Forward and backward dequantise it for one product each. The two factors of the dequantised weight's gradient, dy [N, out]
+    and x [N, in] in the compute dtype, go to `consume` after the input's gradient; the gradient itself is never kept.
     """
 
     def __init__(self, packed: PackedTensor, activations: str = "none"):
         super().__init__()
         self.packed, self.activations = packed, activations
-        self.consume: Callable[[Tensor], None] | None = None
+        self.consume: Callable[[Tensor, Tensor], None] | None = None
         self.frozen = False  # has no gradient to hand over
+        self.members: tuple[str, ...] = ()  # names of the parameters whose rows these are, where they are several
+        self.again = False  # computed a second time, for a backward that follows at once
+        self.last = False  # of what is computed again: nobody reads its output then
+        self.decoded: Tensor | None = None  # the weight, between the two
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:

@@ -3,7 +3,8 @@
 Parameter names equal those of the Hugging Face checkpoint. Oracle: transformers' Qwen3ForCausalLM.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +13,27 @@ from torch.utils.checkpoint import checkpoint
 
 from fp4lab.model.config import EMBEDDING, FINAL_NORM, Qwen3Config
 from fp4lab.model.layers import KVCache, Rope, attend, rms_norm, rotate, silu_mul, within
-from fp4lab.model.linears import lookup
+from fp4lab.model.linears import ConsumingLinear, lookup
 from fp4lab.nvfp4 import PackedTensor
 
 MakeLinear = Callable[[str], nn.Module]  # parameter name -> the linear that computes it
+
+
+def recomputed(module: nn.Module, run: Callable[..., Tensor], *args: Any) -> Tensor:
+    """run(*args), of which the backward computes again what it needs. `module` has the linears that run in it."""
+    linears = [m for m in module.modules() if isinstance(m, ConsumingLinear)]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        for linear in linears:
+            linear.again = True
+        try:
+            yield
+        finally:
+            for linear in linears:
+                linear.again = False
+
+    return checkpoint(run, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
 
 
 class RMSNorm(nn.Module):
@@ -57,6 +75,8 @@ class MLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = (
             make(f"model.layers.{layer}.mlp.{s}_proj.weight") for s in ("gate", "up", "down")
         )
+        if isinstance(self.down_proj, ConsumingLinear):
+            self.down_proj.last = True
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
@@ -76,7 +96,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """`again`: the MLP, with its three wide activations, is computed again in the backward; attention is not."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
-        return x + (checkpoint(self._mlp, x, use_reentrant=False) if again else self._mlp(x))
+        return x + (recomputed(self.mlp, self._mlp, x) if again else self._mlp(x))
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.mlp(self.post_attention_layernorm(x))
@@ -136,7 +156,7 @@ class Qwen3(nn.Module):
         mask = None if segments is None else within(segments)
         for block in self.model.layers:
             if self.recompute == "block" and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, cache, False, mask, use_reentrant=False)
+                x = recomputed(block, block, x, cos, sin, cache, False, mask)
             else:
                 x = block(x, cos, sin, cache, self.recompute == "selective" and torch.is_grad_enabled(), mask)
             if trace is not None:

@@ -2,7 +2,7 @@
 
 from fp4lab.nvfp4.changes import count_changed, keep_zero_signs
 from fp4lab.nvfp4.codec import LEVELS, RULES, decode_e4m3, encode_e2m1, encode_e4m3, largest, pack, repack_like, scale_of_amax
-from fp4lab.nvfp4.dispatch import matmul, matmul_back, unpack
+from fp4lab.nvfp4.dispatch import decode, matmul, matmul_back, unpack
 from fp4lab.nvfp4.emulate import quantize_activations
 from fp4lab.nvfp4.native import native_available, operand, scaled_fp4_matmul
 from fp4lab.nvfp4.packed import BLOCK, PackedTensor
@@ -15,6 +15,7 @@ __all__ = [
     "RULES",
     "PackedTensor",
     "count_changed",
+    "decode",
     "decode_e4m3",
     "encode_e2m1",
     "encode_e4m3",

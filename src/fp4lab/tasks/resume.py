@@ -36,7 +36,10 @@ _GROUPS = ("model", "weights", "backend", "step", "data", "quirk")
 _KEYS = ("seq_len", "lr", "loss", "seed", "dtype")
 _TASK = ("batch_size", "accumulate", "pack", "schedule", "warmup_steps")
 _CONTENT = "the content of data.path"
-_IDLE = ("step.health_every", "step.grad_norm", "step.flush_each_param", "step.graph", "data.held_out", "backend.eval_cache")
+_IDLE = (
+    *(f"step.{k}" for k in ("health_every", "grad_norm", "flush_each_param", "streams", "graph")),
+    *("data.held_out", "backend.eval_cache"),
+)
 
 
 class Checkpoints:

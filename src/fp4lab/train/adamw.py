@@ -58,6 +58,7 @@ class AdamWOptions:
     rule: str = "torchao"  # of packed weights, nearest
     seed: int = 0
     kernels: bool = True  # step=fused on a GPU: Triton where it has a kernel; else plain torch
+    streams: int = 2  # step=fused on a GPU: beside the backward's, for weight gradients and updates
     keep_high_precision: tuple[str, ...] = ("embed_tokens",)  # parts of names; 1-D parameters always
 
 

@@ -27,6 +27,7 @@ from fp4lab.nvfp4 import PackedTensor, matmul, matmul_back
 from fp4lab.train import head_kernel
 from fp4lab.train.adamw import AdamWOptions, ParameterState, count_blocks, update_rows
 from fp4lab.train.batches import IGNORE
+from fp4lab.train.beside import Beside
 from fp4lab.train.health import Health
 from fp4lab.train.kernel_step import KernelStep
 from fp4lab.train.vectors import Vectors
@@ -62,6 +63,7 @@ class FusedAdamW:
         self.head, self.tied = packed[HEAD], tied
         self._head_learns = (EMBEDDING if tied else HEAD) not in frozen
         self._squares = torch.zeros((), dtype=torch.float64, device=self.head.device)
+        self.beside = Beside(self.head.device, options.streams)
         self._later: list[Head] = []  # heads whose gradient the embedding takes
         trained: dict[str, tuple[Tensor | None, PackedTensor | None]] = {}
         for module_name, module in model.named_modules():  # the order of step=chunked, whose dither goes by it
@@ -77,7 +79,7 @@ class FusedAdamW:
             elif isinstance(module, ConsumingLinear) and not (name == HEAD and tied):
                 trained[name] = None, packed[name]
                 if name != HEAD:
-                    module.consume = functools.partial(self.consume, name)
+                    module.consume = functools.partial(self.consume_product, name)
         self.states = {
             n: ParameterState(i, n, *parts, options, dense.pop(n, None)) for i, (n, parts) in enumerate(trained.items())
         }
@@ -100,6 +102,7 @@ class FusedAdamW:
             return f"updates are plain torch operations: {why if self.options.kernels else 'step.kernels=false'}"
         vectors = set() if self._vectors is None else {s.name for s in self._vectors.states}
         text = f"one Triton kernel updates each of {len(self._taken)} matrices, one sweep {len(vectors)} vectors"
+        text += f"; {len(self.beside)} streams beside the backward's" if len(self.beside) else "; all on one stream"
         left = [n for n in self.states if n not in self._taken and n not in vectors]
         return text + "".join(f"; {n}: plain torch, {self.fast.why_not(self.states[n])}" for n in left)
 
@@ -149,8 +152,17 @@ class FusedAdamW:
                 self.after_each(len(self._seen), len(self.states))
 
     @torch.no_grad()
+    def consume_product(self, name: str, dy: Tensor, x: Tensor) -> None:
+        """The same of a whole parameter with the gradient dy^T x; dy [N, rows], x [N, cols]."""
+        if self.fast is not None and name in self._taken:  # sums that plain torch adds up know one stream only
+            self.beside.run(lambda: self.consume(name, dy.T @ x), dy, x)
+        else:
+            self.consume(name, dy.T @ x)
+
+    @torch.no_grad()
     def update_vectors(self) -> None:
         """The norms, whose gradients autograd keeps: the last launches of a step."""
+        self.beside.join()
         done: set[str] = set()
         if self.fast is not None and self._vectors is not None:
             states = self._vectors.states
@@ -205,13 +217,21 @@ class FusedAdamW:
     def _consume_lookup(self, ids: Tensor, rows: Tensor) -> None:
         state = self.states[EMBEDDING]
         heads, self._later = self._later, []
-        for start in range(0, state.rows, VOCABULARY_CHUNK):
-            stop = min(start + VOCABULARY_CHUNK, state.rows)
+
+        def piece(start: int, stop: int) -> None:
             grads = [head.grad(start, stop) for head in heads]
             grad = sum(grads[1:], grads[0]) if grads else rows.new_zeros(stop - start, state.cols)
             here = (ids >= start) & (ids < stop)
             grad.index_add_(0, (ids - start).clamp_(0, stop - start - 1), rows * here.unsqueeze(1))
             self.consume(EMBEDDING, grad, start)
+
+        kept = [t for head in heads for t in (head.hidden, head.targets, head.lse, head.scale)]
+        for start in range(0, state.rows, VOCABULARY_CHUNK):
+            work = functools.partial(piece, start, min(start + VOCABULARY_CHUNK, state.rows))
+            if self.fast is not None and EMBEDDING in self._taken:
+                self.beside.run(work, ids, rows, *kept)
+            else:
+                work()
 
 
 @dataclass

@@ -48,7 +48,8 @@ class GraphedStep:
         ids, targets = ids.clone(), targets.clone()
         graph = torch.cuda.CUDAGraph()
         after, self.optimizer.after_each = self.optimizer.after_each, None
-        with torch.cuda.graph(graph, pool=self._pool):
+        # The backward before the updates beside it (`Beside`), which fill the device and which nothing waits for.
+        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.Stream(device, priority=-1)):
             loss = self._body(ids, targets)
         self.optimizer.after_each = after
         self._graphs[shape] = graph, ids, targets, loss
