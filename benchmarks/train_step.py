@@ -26,12 +26,14 @@ import torch
 GIB = 1 << 30
 OURS = {
     "fp4lab": ["step=fused", "weights.embedding=nvfp4", "step.health_every=0"],
+    "fp4lab-deterministic": ["step=fused", "weights.embedding=nvfp4", "step.health_every=0", "deterministic=true"],
     "fp4lab-counting": ["step=fused", "weights.embedding=nvfp4"],
     "fp4lab-eager": ["step=fused", "weights.embedding=nvfp4", "step.health_every=0", "step.graph=false"],
     "fp4lab-one-stream": ["step=fused", "weights.embedding=nvfp4", "step.health_every=0", "step.streams=0"],
     "fp4lab-torch-ops": ["step=fused", "weights.embedding=nvfp4", "step.kernels=false", "step.chunk_rows=2048"],
     "fp4lab-raw-embedding": ["step=fused"],
     "fp4lab-chunked": ["step=chunked", "step.chunk_rows=64"],
+    "fp4lab-chunked-kernels": ["step=chunked", "step.chunk_rows=64", "step.kernels=true"],
 }
 PEERS = {  # name: (package, optimizer)
     "torch-adamw": ("torch", "torch.optim.AdamW"),
@@ -48,13 +50,15 @@ def ours(overrides: list[str], model: str, seq: int, recompute: str) -> Step:
     from fp4lab.interactive import compose
     from fp4lab.tasks.session import open_session
     from fp4lab.tasks.step import make_optimizer
+    from fp4lab.tasks.worker import be_deterministic
     from fp4lab.train.fused import FusedAdamW
     from fp4lab.train.graph import GraphedStep
     from fp4lab.train.loss import cross_entropy
 
     common = [f"model={model}", "weights=random", f"seq_len={seq}", f"recompute={recompute}", "guard.force=true"]
-    config = compose([*common, *overrides], Path("conf"))
+    config = compose([*common, "deterministic=false", *overrides], Path("conf"))  # as the peers
     check(config)
+    be_deterministic(config["deterministic"])
     session = open_session(config, lambda event: None)
     session.store.dense = None  # path R has no part in a step
     net: Any = session.model

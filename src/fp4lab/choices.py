@@ -109,6 +109,8 @@ def _check_joined(config: dict[str, Any]) -> None:
             raise UserError(
                 f"step.{key}=true works parameter by parameter, and step.join=true joins them: leave one of them false"
             )
+    if step["kernels"]:
+        raise UserError("step.kernels=true updates matrix by matrix, and step.join=true joins them: leave one of them false")
     if config["weights"]["levels"] == "tensor":
         raise UserError(
             "weights.levels=tensor: rows of several tensors have no scale in common; step.join=true needs single or row"
@@ -173,7 +175,7 @@ def idle_choices(config: dict[str, Any], overrides: list[str]) -> list[str]:
         elif key in _NOT_FUSED and step == "fused":
             said.append(f"{override} has no effect: step=fused updates each weight in the backward, and keeps nothing.")
         elif key in _FUSED_ONLY and step != "fused":
-            said.append(f"{override} has no effect: step={step} has neither kernels nor a graph of its own.")
+            said.append(f"{override} has no effect: step={step} has neither streams nor a graph of its own.")
         elif key in _CHUNKED_ONLY and step == "dense":
             said.append(f"{override} has no effect: step=dense is torch's AdamW on whole parameters.")
         elif key.startswith("task.") and key[5:] not in ("name", *_TASK_KEYS.get(task, ())):
@@ -232,11 +234,12 @@ TASK_PHASES = {
 }
 _TRAINING_ONLY = ("lr", "steps", "seq_len", "loss", "data.path", "data.order")
 _NOT_FUSED = {f"step.{k}" for k in ("join", "flush_each_param", "offload_mv", "offload_w", "offload_grad", "sanitize")}
-_FUSED_ONLY = {f"step.{k}" for k in ("kernels", "streams", "graph", "health_every")}
+_FUSED_ONLY = {f"step.{k}" for k in ("streams", "graph", "health_every")}
 _CHUNKED_ONLY = {
     f"step.{k}"
     for k in (
         "chunk_rows",
+        "kernels",
         "state",
         "master",
         "max_update",

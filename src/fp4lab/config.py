@@ -165,7 +165,7 @@ class StepConfig:
     grad_norm: bool = True  # compute and record the global gradient norm
     clip_grad: float | None = None  # clip the global gradient norm to this
     sanitize: bool = False  # NaN and Inf in gradients become 0
-    kernels: bool = True  # step=fused on a GPU: updates by Triton kernels; false: plain torch
+    kernels: bool = True  # on a GPU: updates by Triton kernels; false, step=chunked's default: plain torch, the reference
     streams: int = 2  # step=fused on a GPU: CUDA streams beside the backward's, for weight gradients and updates; 0: none
     graph: bool = True  # step=fused on a GPU: a shape's later steps are one captured CUDA graph; false: eager
     health_every: int = 1  # every this many steps it is counted what became of weights and blocks; 0: never
@@ -254,6 +254,7 @@ class RunConfig:
     device: Device = Device.auto
     dtype: DType = DType.auto  # of the computation; auto: float32 on a CPU, bfloat16 on a GPU
     threads: int = 0  # CPU threads; 0 = all cores
+    deterministic: bool = True  # training on a GPU gives the same bits again; false: a faster backward of attention
     stop_after: StopAfter = StopAfter.none
     dry_run: bool = False  # list what would run
 

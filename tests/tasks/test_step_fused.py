@@ -80,7 +80,7 @@ def test_the_estimate_knows_it(compose):
     for name in ("fused", "chunked"):
         (estimate,) = of(run(compose(f"step={name}", "seq_len=8", "step.chunk_rows=64")), "estimate")
         need[name] = estimate["total_mib"] - estimate["rows"]["process before the model"]
-    assert need["fused"] < 0.6 * need["chunked"]
+    assert need["fused"] < 0.75 * need["chunked"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fp4lab.nvfp4 import pack, unpack
-from fp4lab.train.adamw import MASTERS, AdamWOptions, ChunkedAdamW
+from fp4lab.train.adamw import MASTERS, AdamWOptions
+from fp4lab.train.chunked import ChunkedAdamW
 from fp4lab.train.grads import clip, grad_norm, sanitize
 from fp4lab.train.state import FORMATS
 

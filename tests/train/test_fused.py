@@ -9,8 +9,9 @@ from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.model.paths import fp2_model, fused_model, reference_model
 from fp4lab.nvfp4 import count_changed, keep_zero_signs, repack_like, unpack
 from fp4lab.train import fused
-from fp4lab.train.adamw import AdamWOptions, ChunkedAdamW
+from fp4lab.train.adamw import AdamWOptions
 from fp4lab.train.batches import IGNORE
+from fp4lab.train.chunked import ChunkedAdamW
 from fp4lab.train.fused import FusedAdamW
 from fp4lab.train.loss import cross_entropy
 

@@ -7,7 +7,8 @@ from torch import nn
 from fp4lab.choices import check
 from fp4lab.errors import UserError
 from fp4lab.nvfp4 import count_changed, keep_zero_signs, pack, repack_like
-from fp4lab.train.adamw import MASTERS, AdamWOptions, ChunkedAdamW
+from fp4lab.train.adamw import MASTERS, AdamWOptions
+from fp4lab.train.chunked import ChunkedAdamW
 from fp4lab.train.joined import JoinedAdamW
 from fp4lab.train.state import FORMATS
 

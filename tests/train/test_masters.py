@@ -10,7 +10,8 @@ from torch import nn
 
 from fp4lab.nvfp4 import BLOCK, pack, unpack
 from fp4lab.train import fused, residual
-from fp4lab.train.adamw import MASTERS, AdamWOptions, ChunkedAdamW
+from fp4lab.train.adamw import MASTERS, AdamWOptions
+from fp4lab.train.chunked import ChunkedAdamW
 from fp4lab.train.noise import round_bfloat16
 
 FINER = ("packed_residual", "bf16_stochastic")

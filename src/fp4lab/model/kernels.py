@@ -69,6 +69,43 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     return y.transpose(1, 2)
 
 
+class Heads(torch.autograd.Function):
+    """`layers.heads`: one kernel for two norms and two rotations, and none for taking the joint tensor apart."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor, queries: int, keys: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, (batch, length, _), width = y.contiguous(), y.shape, q_weight.shape[0]
+        q, k = y.new_empty(batch, length, queries, width), y.new_empty(batch, length, keys, width)
+        rows = batch * length * (queries + keys)
+        rstd = torch.empty(rows, dtype=torch.float32, device=y.device)
+        sizes, tile = _halves(width)
+        grid = (-(-rows // tile),)
+        _heads[grid](y, q_weight, k_weight, cos, sin, q, k, rstd, rows, length, eps, queries, keys, **sizes, R=tile)
+        ctx.save_for_backward(y, q_weight, k_weight, cos, sin, rstd)
+        v = y.view(batch, length, -1, width)[:, :, queries + keys :]
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, q_weight, k_weight, cos, sin, rstd = ctx.saved_tensors
+        dq, dk, dv = (g.transpose(1, 2).contiguous() for g in grads)
+        (batch, length, queries, width), keys = dq.shape, dk.shape[2]
+        dy, rows = torch.empty_like(y), batch * length * (queries + 2 * keys)
+        sizes, tile = _halves(width)
+        programs = min(PROGRAMS, -(-rows // tile))
+        parts = torch.empty(programs, 2 * width, dtype=torch.float32, device=y.device)
+        each = -(-rows // (tile * programs))
+        _heads_back[(programs,)](
+            *(y, q_weight, k_weight, cos, sin, rstd, dq, dk, dv, dy, parts, rows, length, each, queries, keys),
+            **sizes,
+            R=tile,
+        )
+        dw = kernels.sum_parts(parts, q_weight.dtype)
+        return dy, dw[:width], dw[width:], None, None, None, None, None
+
+
 class SiluMul(torch.autograd.Function):
     """silu(gate) * up, both [..., I]: `layers.silu_mul`."""
 
@@ -76,17 +113,50 @@ class SiluMul(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        y = torch.empty_like(gate)
-        _silu_mul[(-(-gate.numel() // ELEMENTS),)](gate, up, y, gate.numel(), N=ELEMENTS)
-        return y
+        return _gated(gate, up, gate.shape[-1], gate.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        grid = (-(-gate.numel() // ELEMENTS),)
-        _silu_mul_back[grid](gate, up, dy.contiguous(), dgate, dup, gate.numel(), N=ELEMENTS)
+        _gated_back(gate, up, dy, dgate, dup, gate.shape[-1], gate.shape[-1])
         return dgate, dup
+
+
+class JointSiluMul(torch.autograd.Function):
+    """The same of gate and up as one tensor [..., 2 I], and their gradients as one."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        both = both.contiguous()
+        ctx.save_for_backward(both)
+        width = both.shape[-1] // 2
+        return _gated(both, both.view(-1)[width:], width, 2 * width)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        grad, width = torch.empty_like(both), both.shape[-1] // 2
+        _gated_back(both, both.view(-1)[width:], dy, grad, grad.view(-1)[width:], width, 2 * width)
+        return grad
+
+
+def _gated(gate: Tensor, up: Tensor, width: int, stride: int) -> Tensor:
+    """Rows of `width` that begin every `stride` elements."""
+    y = gate.new_empty(*gate.shape[:-1], width)
+    _silu_mul[(y.numel() // width, -(-width // ELEMENTS))](gate, up, y, width, stride, N=ELEMENTS)
+    return y
+
+
+def _gated_back(gate: Tensor, up: Tensor, dy: Tensor, dgate: Tensor, dup: Tensor, width: int, stride: int) -> None:
+    grid = (dy.numel() // width, -(-width // ELEMENTS))  # rows first: the second axis ends at 65,535
+    _silu_mul_back[grid](gate, up, dy.contiguous(), dgate, dup, width, stride, N=ELEMENTS)
+
+
+def _halves(width: int) -> tuple[dict[str, int], int]:
+    """Half of a head, padded; and the rows of a tile."""
+    padded = 1 << (width // 2 - 1).bit_length()
+    return {"HALF": width // 2, "P": padded, "num_warps": 4}, max(1, ELEMENTS // (2 * padded))
 
 
 def _tile(width: int) -> tuple[int, int, int]:
@@ -145,21 +215,112 @@ if kernels.triton is not None:
         tl.store(y + at, first.to(kind), mask=inside)
         tl.store(y + at + HALF, second.to(kind), mask=inside)
 
-    @triton.jit
-    def _silu_mul(gate, up, y, n, N: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
-        g = tl.load(gate + at, mask=at < n, other=0.0).to(tl.float32)
-        u = tl.load(up + at, mask=at < n, other=0.0).to(tl.float32)
-        silu = (g / (1 + tl.exp(-g))).to(y.dtype.element_ty).to(tl.float32)
-        tl.store(y + at, (silu * u).to(y.dtype.element_ty), mask=at < n)
+    @triton.jit(do_not_specialize=["rows", "length"])
+    def _heads(
+        y, q_weight, k_weight, cos, sin, q, k, rstd, rows, length, eps, queries, keys,
+        HALF: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+    ):  # fmt: skip
+        row, column = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, P)
+        heads = queries + keys
+        token, head = row // heads, row % heads
+        is_q, column_ok = head < queries, column < HALF
+        inside = (row < rows)[:, None] & column_ok[None, :]
+        at = (token.to(tl.int64) * (heads + keys) + head)[:, None] * (2 * HALF) + column[None, :]
+        a = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(y + at + HALF, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)
+        kind = q.dtype.element_ty
+        wa = tl.where(is_q[:, None], _row(q_weight, column, column_ok, kind), _row(k_weight, column, column_ok, kind))
+        half = column + HALF
+        wb = tl.where(is_q[:, None], _row(q_weight, half, column_ok, kind), _row(k_weight, half, column_ok, kind))
+        a = ((a * scale[:, None]).to(kind).to(tl.float32) * wa).to(kind).to(tl.float32)
+        b = ((b * scale[:, None]).to(kind).to(tl.float32) * wb).to(kind).to(tl.float32)
+        turn = (token % length)[:, None] * (2 * HALF) + column[None, :]
+        c = tl.load(cos + turn, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + turn, mask=inside, other=0.0).to(tl.float32)
+        first = (a * c).to(kind).to(tl.float32) - (b * s).to(kind).to(tl.float32)
+        second = (b * c).to(kind).to(tl.float32) + (a * s).to(kind).to(tl.float32)
+        to_q = (token.to(tl.int64) * queries + head)[:, None] * (2 * HALF) + column[None, :]
+        to_k = (token.to(tl.int64) * keys + head - queries)[:, None] * (2 * HALF) + column[None, :]
+        tl.store(q + to_q, first.to(kind), mask=inside & is_q[:, None])
+        tl.store(q + to_q + HALF, second.to(kind), mask=inside & is_q[:, None])
+        tl.store(k + to_k, first.to(kind), mask=inside & (head >= queries)[:, None])
+        tl.store(k + to_k + HALF, second.to(kind), mask=inside & (head >= queries)[:, None])
+        tl.store(rstd + row, scale, mask=row < rows)
 
     @triton.jit
-    def _silu_mul_back(gate, up, dy, dgate, dup, n, N: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
-        g = tl.load(gate + at, mask=at < n, other=0.0).to(tl.float32)
-        u = tl.load(up + at, mask=at < n, other=0.0).to(tl.float32)
-        d = tl.load(dy + at, mask=at < n, other=0.0).to(tl.float32)
+    def _row(weight, column, ok, kind):
+        """A weight as `layers` takes it, [1, P]."""
+        return tl.load(weight + column, mask=ok, other=0.0).to(kind).to(tl.float32)[None, :]
+
+    @triton.jit(do_not_specialize=["rows", "length", "each"])
+    def _heads_back(
+        y, q_weight, k_weight, cos, sin, rstd, dq, dk, dv, dy, parts, rows, length, each, queries, keys,
+        HALF: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+    ):  # fmt: skip
+        column = tl.arange(0, P)
+        column_ok, half = column < HALF, column + HALF
+        heads = queries + 2 * keys
+        kind = dy.dtype.element_ty
+        q_a, q_b = tl.zeros((R, P), tl.float32), tl.zeros((R, P), tl.float32)
+        k_a, k_b = tl.zeros((R, P), tl.float32), tl.zeros((R, P), tl.float32)
+        for n in range(each):
+            row = (tl.program_id(0) * each + n) * R + tl.arange(0, R)
+            token, head = row // heads, row % heads
+            inside = (row < rows)[:, None] & column_ok[None, :]
+            is_q, is_v = (head < queries)[:, None], (head >= queries + keys)[:, None]
+            is_k = (head >= queries)[:, None] & (head < queries + keys)[:, None]
+            at = row.to(tl.int64)[:, None] * (2 * HALF) + column[None, :]
+            from_q = (token.to(tl.int64) * queries + head)[:, None] * (2 * HALF) + column[None, :]
+            from_k = (token.to(tl.int64) * keys + head - queries)[:, None] * (2 * HALF) + column[None, :]
+            from_v = from_k - keys * (2 * HALF)
+            d_a = tl.load(dq + from_q, mask=inside & is_q, other=0.0).to(tl.float32)
+            d_b = tl.load(dq + from_q + HALF, mask=inside & is_q, other=0.0).to(tl.float32)
+            d_a += tl.load(dk + from_k, mask=inside & is_k, other=0.0).to(tl.float32)
+            d_b += tl.load(dk + from_k + HALF, mask=inside & is_k, other=0.0).to(tl.float32)
+            turn = (token % length)[:, None] * (2 * HALF) + column[None, :]
+            c = tl.load(cos + turn, mask=inside, other=0.0).to(tl.float32)
+            s = tl.load(sin + turn, mask=inside, other=0.0).to(tl.float32)
+            d_a, d_b = d_a * c + d_b * s, d_b * c - d_a * s
+            scale = tl.load(rstd + token * (queries + keys) + head, mask=(row < rows) & (head < queries + keys), other=0.0)
+            n_a = tl.load(y + at, mask=inside & (is_q | is_k), other=0.0).to(tl.float32) * scale[:, None]
+            n_b = tl.load(y + at + HALF, mask=inside & (is_q | is_k), other=0.0).to(tl.float32) * scale[:, None]
+            q_a += tl.where(is_q, d_a * n_a, 0.0)
+            q_b += tl.where(is_q, d_b * n_b, 0.0)
+            k_a += tl.where(is_k, d_a * n_a, 0.0)
+            k_b += tl.where(is_k, d_b * n_b, 0.0)
+            d_a *= tl.where(is_q, _row(q_weight, column, column_ok, tl.float32), _row(k_weight, column, column_ok, tl.float32))
+            d_b *= tl.where(is_q, _row(q_weight, half, column_ok, tl.float32), _row(k_weight, half, column_ok, tl.float32))
+            mean = ((tl.sum(d_a * n_a, axis=1) + tl.sum(d_b * n_b, axis=1)) / (2 * HALF))[:, None]
+            g_a = scale[:, None] * (d_a - n_a * mean) + tl.load(dv + from_v, mask=inside & is_v, other=0.0).to(tl.float32)
+            g_b = scale[:, None] * (d_b - n_b * mean) + tl.load(dv + from_v + HALF, mask=inside & is_v, other=0.0).to(
+                tl.float32
+            )
+            tl.store(dy + at, g_a.to(kind), mask=inside)
+            tl.store(dy + at + HALF, g_b.to(kind), mask=inside)
+        origin = parts + tl.program_id(0) * (4 * HALF)
+        tl.store(origin + column, tl.sum(q_a, axis=0), mask=column_ok)
+        tl.store(origin + half, tl.sum(q_b, axis=0), mask=column_ok)
+        tl.store(origin + 2 * HALF + column, tl.sum(k_a, axis=0), mask=column_ok)
+        tl.store(origin + 2 * HALF + half, tl.sum(k_b, axis=0), mask=column_ok)
+
+    @triton.jit
+    def _silu_mul(gate, up, y, width, stride, N: tl.constexpr):
+        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * N + tl.arange(0, N)
+        at, source, inside = row * width + column, row * stride + column, column < width
+        g = tl.load(gate + source, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(up + source, mask=inside, other=0.0).to(tl.float32)
+        silu = (g / (1 + tl.exp(-g))).to(y.dtype.element_ty).to(tl.float32)
+        tl.store(y + at, (silu * u).to(y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _silu_mul_back(gate, up, dy, dgate, dup, width, stride, N: tl.constexpr):
+        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * N + tl.arange(0, N)
+        at, source, inside = row * width + column, row * stride + column, column < width
+        g = tl.load(gate + source, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(up + source, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         sigmoid = 1 / (1 + tl.exp(-g))
-        tl.store(dup + at, (d * g * sigmoid).to(dup.dtype.element_ty), mask=at < n)
+        tl.store(dup + source, (d * g * sigmoid).to(dup.dtype.element_ty), mask=inside)
         slope = sigmoid * (1 + g * (1 - sigmoid))
-        tl.store(dgate + at, (d * u * slope).to(dgate.dtype.element_ty), mask=at < n)
+        tl.store(dgate + source, (d * u * slope).to(dgate.dtype.element_ty), mask=inside)

@@ -41,9 +41,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
+def heads(
+    y: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor, queries: int, keys: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, N, T, D] and k [B, K, T, D], normed and turned, and v [B, K, T, D] of a joint product y [B, T, (N + 2 K) D]."""
+    if kernels.take(y):
+        return kernels.Heads.apply(y, q_weight, k_weight, eps, cos, sin, queries, keys)
+    q, k, v = y.view(*y.shape[:2], -1, q_weight.shape[0]).split((queries, keys, keys), dim=2)
+    q = rotate(rms_norm(q, q_weight, eps).transpose(1, 2), cos, sin)
+    return q, rotate(rms_norm(k, k_weight, eps).transpose(1, 2), cos, sin), v.transpose(1, 2)
+
+
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     return kernels.SiluMul.apply(gate, up) if kernels.take(gate) else F.silu(gate) * up
+
+
+def joint_silu_mul(both: Tensor) -> Tensor:
+    """The same of gate and up as one tensor [..., 2 I] -> [..., I]."""
+    return kernels.JointSiluMul.apply(both) if kernels.take(both) else silu_mul(*both.chunk(2, dim=-1))
 
 
 class KVCache:

@@ -127,7 +127,7 @@ class _Consumed(torch.autograd.Function):
         rounded = _round_input(x, linear.activations)
         ctx.linear = linear
         ctx.save_for_backward(rounded)
-        if linear.again and linear.last:  # the input is what was wanted: torch's checkpoint stops at it
+        if linear.again and linear.last:  # the input is what was wanted
             return x.new_empty(*x.shape[:-1], linear.packed.shape[0])
         if linear.again:
             linear.decoded = decode(rounded, linear.packed)
@@ -151,12 +151,12 @@ class ConsumingLinear(nn.Module):
     and x [N, in] in the compute dtype, go to `consume` after the input's gradient; the gradient itself is never kept.
     """
 
-    def __init__(self, packed: PackedTensor, activations: str = "none"):
+    def __init__(self, packed: PackedTensor, activations: str = "none", members: tuple[str, ...] = ()):
+        """`members`: names of the parameters whose rows these are, where they are several."""
         super().__init__()
-        self.packed, self.activations = packed, activations
+        self.packed, self.activations, self.members = packed, activations, members
         self.consume: Callable[[Tensor, Tensor], None] | None = None
         self.frozen = False  # has no gradient to hand over
-        self.members: tuple[str, ...] = ()  # names of the parameters whose rows these are, where they are several
         self.again = False  # computed a second time, for a backward that follows at once
         self.last = False  # of what is computed again: nobody reads its output then
         self.decoded: Tensor | None = None  # the weight, between the two

@@ -20,7 +20,7 @@ from fp4lab.model.layers import Rope
 from fp4lab.model.linears import ConsumingEmbedding, ConsumingLinear, DenseLinear, PackedLinear, SteLinear
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.model.store import WeightStore
-from fp4lab.nvfp4 import BLOCK, PackedTensor, unpack
+from fp4lab.nvfp4 import BLOCK, PackedTensor, kernels, unpack
 
 PATHS = {"bridge": "A.infer", "fp2": "B.fp2_ste", "noste": "C.noste_graph", "dense": "R.dense"}
 TRAINABLE = ("dense", "fp2")
@@ -52,12 +52,21 @@ def bridge_model(store: WeightStore, dtype: torch.dtype, activations: str = "non
     return Bridge(store, dtype, activations, native)
 
 
-def _masters(store: WeightStore, master_dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """Own float parameters for every tensor: the unquantised ones where there are any, else the dequantised."""
+def valueless(parameter: Tensor) -> bool:
+    """Whether it only has a shape and a gradient: one number is all that lies in memory."""
+    return parameter.ndim > 1 and not any(parameter.stride())
+
+
+def _masters(store: WeightStore, master_dtype: torch.dtype, codes_alone: bool = False) -> dict[str, nn.Parameter]:
+    """Own float parameters for every tensor: the unquantised ones where there are any, else the dequantised; those of linears
+    whose codes are all that is kept are `valueless`."""
     masters = {name: nn.Parameter(t.detach().clone().to(master_dtype)) for name, t in store.raw.items()}
     for name, p in store.packed.items():
         if name == HEAD and store.tied:
             masters[name] = masters[EMBEDDING]
+            continue
+        if codes_alone:
+            masters[name] = nn.Parameter(torch.zeros((), dtype=master_dtype, device=p.device).expand(p.shape))
             continue
         value = store.dense[name].clone() if store.dense else unpack(p, master_dtype)
         masters[name] = nn.Parameter(value.to(master_dtype))
@@ -85,9 +94,13 @@ def fp2_model(
     activations: str = "none",
     eval_cache: bool = False,
     quirks: Quirks | None = None,
+    codes_alone: bool = False,
 ) -> Qwen3:
-    """B: float masters of its own, the store's codes in the forward. Without `master_dtype` it has none and only evaluates."""
-    masters = _frozen(store) if master_dtype is None else _masters(store, master_dtype)
+    """B: float masters of its own, the store's codes in the forward. Without `master_dtype` it has none and only evaluates.
+
+    `codes_alone`: the optimizer keeps the linears as their codes, and nobody reads a float of theirs.
+    """
+    masters = _frozen(store) if master_dtype is None else _masters(store, master_dtype, codes_alone)
     quirks = quirks or Quirks()
 
     def make(name: str) -> nn.Module:
@@ -105,11 +118,22 @@ def fp2_model(
     return model
 
 
-def fused_model(store: WeightStore, dtype: torch.dtype, activations: str = "none") -> Qwen3:
-    """B for step=fused: the store's codes are the only weights of its linears, and gradients are handed on, not kept."""
+def fused_model(store: WeightStore, dtype: torch.dtype, activations: str = "none", joint: bool | None = None) -> Qwen3:
+    """B for step=fused: the store's codes are the only weights of its linears, and gradients are handed on, not kept.
+
+    `joint`: q/k/v and gate/up are one linear each, for a third fewer kernels; by default on a GPU, whose time it saves.
+    """
+    joint = kernels.available(store.device) if joint is None else joint
+    members = store.members()
+
+    def make(name: str) -> ConsumingLinear:
+        if name in members:
+            return ConsumingLinear(store.fused[name], activations, members[name])
+        return ConsumingLinear(store.packed[name], activations)
+
     raw: dict[str, Any] = {n: nn.Parameter(t, requires_grad=t.ndim == 1) for n, t in store.raw.items()}
     raw[EMBEDDING] = raw.get(EMBEDDING, store.embedding)
-    model = Qwen3(store.config, lambda name: ConsumingLinear(store.packed[name], activations), raw, dtype)
+    model = Qwen3(store.config, make, raw, dtype, joint)
     model.model.embed_tokens = ConsumingEmbedding(raw[EMBEDDING], dtype)
     return model
 

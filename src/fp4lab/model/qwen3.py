@@ -9,14 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fp4lab.model.config import EMBEDDING, FINAL_NORM, Qwen3Config
-from fp4lab.model.layers import KVCache, Rope, attend, rms_norm, rotate, silu_mul, within
+from fp4lab.model.layers import KVCache, Rope, attend, heads, joint_silu_mul, rms_norm, rotate, silu_mul, within
 from fp4lab.model.linears import ConsumingLinear, lookup
 from fp4lab.nvfp4 import PackedTensor
 
-MakeLinear = Callable[[str], nn.Module]  # parameter name -> the linear that computes it
+MakeLinear = Callable[
+    [str], nn.Module
+]  # parameter name -> the linear that computes it; or "...qkv", "...gate_up" -> a joint one
 
 
 def recomputed(module: nn.Module, run: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -33,7 +35,9 @@ def recomputed(module: nn.Module, run: Callable[..., Tensor], *args: Any) -> Ten
             for linear in linears:
                 linear.again = False
 
-    return checkpoint(run, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+    # Stopping early raises an error inside of the last linear, which torch 2.11 at times loses (SystemError). `last` is enough.
+    with set_checkpoint_early_stop(False):
+        return checkpoint(run, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
 
 
 class RMSNorm(nn.Module):
@@ -46,50 +50,64 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Qwen3Config, layer: int, make: MakeLinear, raw: dict[str, nn.Parameter]):
+    def __init__(self, config: Qwen3Config, layer: int, make: MakeLinear, raw: dict[str, nn.Parameter], joint: bool):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.joint = layer, config.head_dim, joint
+        self.queries, self.keys = config.num_attention_heads, config.num_key_value_heads
         self.offset_mask = True  # False: quirk.no_offset_mask
         prefix = f"model.layers.{layer}.self_attn."
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (make(f"{prefix}{s}_proj.weight") for s in "qkvo")
+        if joint:
+            self.qkv_proj = make(f"model.layers.{layer}.qkv")
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (make(f"{prefix}{s}_proj.weight") for s in "qkv")
+        self.o_proj = make(f"{prefix}o_proj.weight")
         self.q_norm = RMSNorm(raw[prefix + "q_norm.weight"], config.rms_norm_eps)
         self.k_norm = RMSNorm(raw[prefix + "k_norm.weight"], config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None = None) -> Tensor:
         b, t, _ = x.shape
 
-        def heads(y: Tensor) -> Tensor:  # [B, T, n * D] -> [B, T, n, D]
+        def apart(y: Tensor) -> Tensor:  # [B, T, n * D] -> [B, T, n, D]
             return y.view(b, t, -1, self.head_dim)
 
-        q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), cos, sin)
-        k = rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), cos, sin)
-        v = heads(self.v_proj(x)).transpose(1, 2)
+        if self.joint:
+            norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+            q, k, v = heads(self.qkv_proj(x), *norms, cos, sin, self.queries, self.keys)
+        else:
+            q = rotate(self.q_norm(apart(self.q_proj(x))).transpose(1, 2), cos, sin)
+            k = rotate(self.k_norm(apart(self.k_proj(x))).transpose(1, 2), cos, sin)
+            v = apart(self.v_proj(x)).transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         return self.o_proj(attend(q, k, v, self.offset_mask, mask).transpose(1, 2).reshape(b, t, -1))
 
 
 class MLP(nn.Module):
-    def __init__(self, layer: int, make: MakeLinear):
+    def __init__(self, layer: int, make: MakeLinear, joint: bool):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = (
-            make(f"model.layers.{layer}.mlp.{s}_proj.weight") for s in ("gate", "up", "down")
-        )
+        prefix, self.joint = f"model.layers.{layer}.mlp.", joint
+        if joint:
+            self.gate_up_proj = make(f"model.layers.{layer}.gate_up")
+        else:
+            self.gate_proj, self.up_proj = (make(f"{prefix}{s}_proj.weight") for s in ("gate", "up"))
+        self.down_proj = make(f"{prefix}down_proj.weight")
         if isinstance(self.down_proj, ConsumingLinear):
             self.down_proj.last = True
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.joint:
+            return self.down_proj(joint_silu_mul(self.gate_up_proj(x)))
         return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, config: Qwen3Config, layer: int, make: MakeLinear, raw: dict[str, nn.Parameter]):
+    def __init__(self, config: Qwen3Config, layer: int, make: MakeLinear, raw: dict[str, nn.Parameter], joint: bool):
         super().__init__()
         prefix = f"model.layers.{layer}."
         self.input_layernorm = RMSNorm(raw[prefix + "input_layernorm.weight"], config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, make, raw)
+        self.self_attn = Attention(config, layer, make, raw, joint)
         self.post_attention_layernorm = RMSNorm(raw[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
-        self.mlp = MLP(layer, make)
+        self.mlp = MLP(layer, make, joint)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, again: bool = False, mask: Tensor | None = None
@@ -119,20 +137,25 @@ class Embedding(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks, final norm: the part Hugging Face names `model.`."""
 
-    def __init__(self, config: Qwen3Config, make: MakeLinear, raw: dict[str, Any], dtype: torch.dtype):
+    def __init__(self, config: Qwen3Config, make: MakeLinear, raw: dict[str, Any], dtype: torch.dtype, joint: bool):
         super().__init__()
         self.embed_tokens: nn.Module = Embedding(raw[EMBEDDING], dtype)
-        self.layers = nn.ModuleList(Block(config, i, make, raw) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, i, make, raw, joint) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(raw[FINAL_NORM], config.rms_norm_eps)
 
 
 class Qwen3(nn.Module):
-    """`hidden` then `logits`, so that a caller pays for the head only where it wants logits."""
+    """`hidden` then `logits`, so that a caller pays for the head only where it wants logits.
 
-    def __init__(self, config: Qwen3Config, make_linear: MakeLinear, raw: dict[str, Any], dtype: torch.dtype):
+    `joint`: q, k and v are one linear, and gate and up.
+    """
+
+    def __init__(
+        self, config: Qwen3Config, make_linear: MakeLinear, raw: dict[str, Any], dtype: torch.dtype, joint: bool = False
+    ):
         super().__init__()
         self.config, self.dtype = config, dtype
-        self.model = Decoder(config, make_linear, raw, dtype)
+        self.model = Decoder(config, make_linear, raw, dtype, joint)
         self.lm_head = make_linear("lm_head.weight")
         self.rope = Rope(config.head_dim, config.rope_theta, raw[FINAL_NORM].device)
         self.recompute = "none"  # block: keeps its input alone and is computed again in the backward; selective: its MLP is

@@ -30,6 +30,12 @@ class WeightStore:
         self.dense: dict[str, Tensor] | None = None
         self.tied = False
 
+    def members(self) -> dict[str, tuple[str, ...]]:
+        """Of every buffer of several linears, their names, in the order of its rows."""
+        groups = (("qkv", ATTENTION_IN), ("gate_up", MLP_IN))
+        layers = [f"model.layers.{i}." for i in range(self.config.num_hidden_layers)]
+        return {f"{at}{fused}": tuple(f"{at}{s}.weight" for s in parts) for at in layers for fused, parts in groups}
+
     @property
     def embedding(self) -> "Tensor | PackedTensor":
         """The table [V, H], raw or packed."""

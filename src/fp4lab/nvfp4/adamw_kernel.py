@@ -42,6 +42,9 @@ RULES = ("torchao", "nearest")  # of packed weights, to nearest
 NUMBERS = 4  # lr, 1 / bias1, 1 / bias2, and the 32 bits that `train.noise.key` adds the tensor to
 
 
+NEVER = (1 << 31) - 1  # a row that no matrix has
+
+
 @dataclass(frozen=True)
 class Constants:
     """What stays the same over a training: part of the compiled kernel's arguments, not of what a CUDA graph replays."""
@@ -66,6 +69,7 @@ def adamw(
     first: int,
     c: Constants,
     count: bool = False,
+    borders: tuple[int, int] = (NEVER, NEVER),
 ) -> None:
     """Updates rows in place. grad [rows, cols]; w, m, v the same rows, m and v two-level packed or floats.
 
@@ -73,13 +77,14 @@ def adamw(
     counts   fp32 [SPREAD, len(COUNTS)] on the device, zeros at first: added to (largest: maximum)
     count    whether what follows "squares" is counted too; it costs a third of the time more
     tensor   which field of the dither; first: the matrix row that grad's row 0 is
+    borders  rows from the first on are of the tensor after it, beginning anew; from the second on of the one after that
     """
     rows, cols = grad.shape
     assert cols % BLOCK == 0 and grad.is_contiguous()
     second = w.global_scale
     _adamw[(rows,)](
         *(grad, *_parts(w), counts if second is None else second, *_moment(m), *_moment(v), numbers, counts),
-        *(cols // BLOCK, first, tensor),
+        *(cols // BLOCK, first, tensor, *borders),
         *(c.beta1, 1 - c.beta1, c.beta2, 1 - c.beta2, c.beta2**0.5, c.eps, c.weight_decay, c.max_update or 0.0),
         CAP=c.max_update is not None,
         STOCHASTIC=c.stochastic,
@@ -236,10 +241,10 @@ if kernels.triton is not None:
                 top = tl.maximum(top, tl.maximum(tl.abs(g0), tl.abs(g1)))
         return tl.max(tl.max(top, axis=1), axis=0)
 
-    @triton.jit(do_not_specialize=["first", "tensor"])
+    @triton.jit(do_not_specialize=["first", "tensor", "border1", "border2"])
     def _adamw(
         g_ptr, wc, ws, wg, mc, ms, mg, vc, vs, vg, numbers, counts,
-        blocks, first, tensor,
+        blocks, first, tensor, border1, border2,
         beta1, rest1, beta2, rest2, root_beta2, eps, decay, cap,
         CAP: tl.constexpr, STOCHASTIC: tl.constexpr, LEAST: tl.constexpr, SECOND: tl.constexpr, PACKED: tl.constexpr,
         COUNT: tl.constexpr, 
@@ -251,6 +256,8 @@ if kernels.triton is not None:
         lane = tl.arange(0, 8)
         multipliers = _multipliers(lane)
         lr, c1, c2 = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+        tensor += (row >= border1).to(tl.int32) + (row >= border2).to(tl.int32)
+        first += row - tl.where(row >= border2, border2, tl.where(row >= border1, border1, 0))
         key = mix(tl.load(numbers + 3).to(tl.uint32, bitcast=True) + tensor.to(tl.uint32))
         origin = row.to(tl.int64) * blocks
 
@@ -339,7 +346,7 @@ if kernels.triton is not None:
 
             amax = tl.reduce(_max_or_nan(tl.abs(n0), tl.abs(n1)), 1, _max_or_nan) * 1024
             if STOCHASTIC:
-                index = (first.to(tl.int64) * blocks + at).to(tl.uint32) * 2
+                index = (first.to(tl.int64) * blocks + start + block).to(tl.uint32) * 2
                 h0 = mix(index ^ key)
                 new_byte, most, limit = _scale_stochastic(amax, byte, h0)
                 inverse = tl.where(new_byte > 0, _reciprocal(positive_scale(new_byte)) * (1024 * _DOWN), 0.0)

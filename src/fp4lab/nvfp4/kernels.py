@@ -24,7 +24,6 @@ try:
 except ImportError:  # older ones have no Gluon, or another
     gl = gluon = mma_v2 = constexpr_function = None
 
-FEW_PARTS = 64  # partial sums that one kernel adds as fast as torch's two
 WORDS = 512  # 32-bit words, of eight codes each, that one program decodes
 
 
@@ -60,11 +59,10 @@ def unpack(p: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """parts fp32 [P, ...] -> their sum [...] in `dtype`, rounded once, added in the order of P."""
-    if len(parts) > FEW_PARTS:
-        return parts.sum(0).to(dtype)
+    """parts fp32 [P, ...] -> their sum [...] in `dtype`, rounded once, always added in the same order."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    _sum_parts[(-(-out.numel() // 1024),)](parts, out, out.numel(), len(parts), 1024, num_warps=4)
+    rows = min(64, 1 << (len(parts) - 1).bit_length())  # of a tile of 2048
+    _sum_parts[(-(-out.numel() * rows // 2048),)](parts, out, out.numel(), len(parts), rows, 2048 // rows, num_warps=4)
     return out
 
 
@@ -149,12 +147,13 @@ if triton is not None:
         return join(t | (x.to(tl.int32, bitcast=True) & -2147483648))
 
     @triton.jit
-    def _sum_parts(parts, out, size, count, N: tl.constexpr):
-        at = tl.program_id(0) * N + tl.arange(0, N)
-        total = tl.zeros((N,), tl.float32)
-        for part in range(0, count):
-            total += tl.load(parts + tl.cast(part, tl.int64) * size + at, mask=at < size, other=0.0)
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+    def _sum_parts(parts, out, size, count, R: tl.constexpr, N: tl.constexpr):
+        at, part = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, R)
+        total = tl.zeros((R, N), tl.float32)
+        for start in range(0, count, R):
+            inside = (start + part < count)[:, None] & (at < size)[None, :]
+            total += tl.load(parts + (start + part).to(tl.int64)[:, None] * size + at[None, :], mask=inside, other=0.0)
+        tl.store(out + at, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=at < size)
 
     @triton.jit
     def mix(x):

@@ -66,7 +66,7 @@ class PackedTensor:
         """Codes, block scales and, where there is one, the second-level scale."""
         return [t for t in (self.codes, self.block_scale, self.global_scale) if t is not None]
 
-    def to(self, device: torch.device | str) -> "PackedTensor":
+    def to(self, device: torch.device | str | None) -> "PackedTensor":
         return self._map(lambda t: t.to(device))
 
     def clone(self) -> "PackedTensor":

@@ -13,8 +13,9 @@ from fp4lab.model.qwen3 import Qwen3
 from fp4lab.tasks.session import Session
 from fp4lab.tasks.step import Optimizer, byte_report, make_optimizer
 from fp4lab.train import grads
-from fp4lab.train.adamw import ChunkedAdamW, ParameterState
+from fp4lab.train.adamw import ParameterState
 from fp4lab.train.batches import IGNORE, Batch
+from fp4lab.train.chunked import ChunkedAdamW
 from fp4lab.train.fused import FusedAdamW
 from fp4lab.train.joined import JoinedAdamW
 from fp4lab.train.loss import LOSSES

@@ -26,7 +26,7 @@ def all_paths(session: Session) -> dict[str, Any]:
     s = session
     paths: dict[str, Any] = {
         PATHS["bridge"]: lambda: bridge_model(s.store, s.dtype, s.activations, s.native),
-        PATHS["fp2"]: lambda: fp2_model(s.store, s.dtype, s.dtype, s.activations, quirks=s.quirks),
+        PATHS["fp2"]: lambda: fp2_model(s.store, s.dtype, None, s.activations, quirks=s.quirks),
         PATHS["noste"]: lambda: noste_model(s.store, s.dtype, s.activations, s.native),
         PATHS["dense"]: lambda: reference_model(s.store, s.dtype),
     }

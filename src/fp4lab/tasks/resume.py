@@ -26,6 +26,7 @@ from fp4lab.config import BEFORE, CHECKPOINTS
 from fp4lab.encoding import EVENTS, declared_types, decode
 from fp4lab.errors import UserError
 from fp4lab.events import KINDS, Emit, Event, File, Loss, Note, Progress
+from fp4lab.model.paths import valueless
 from fp4lab.tasks.advance import Advance
 from fp4lab.tasks.session import data_files
 from fp4lab.train.state import named_parts
@@ -143,7 +144,8 @@ class Checkpoints:
     def _all(self) -> Iterator[tuple[str, Tensor]]:
         store = self.advance.session.store
         for name, parameter in self.advance.model.named_parameters():
-            yield f"model.{name}", parameter.detach()
+            if not valueless(parameter):
+                yield f"model.{name}", parameter.detach()
         for name, packed in store.packed.items():
             yield from ((f"stored.{name}.{part}", t) for part, t in named_parts(packed))
         for name, tensor in store.raw.items():

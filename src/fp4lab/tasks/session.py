@@ -247,7 +247,9 @@ def _model(s: Session, emit: Emit, trains: bool) -> Qwen3 | Bridge:
     master_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16_stochastic": torch.bfloat16}.get(master, s.dtype)
     if s.backend == "dense":
         return _recomputing(dense_model(s.store, s.dtype, master_dtype), s.config)
-    return _recomputing(fp2_model(s.store, s.dtype, master_dtype, s.activations, eval_cache, s.quirks), s.config)
+    trained = s.config["task"]["name"] in ("step", "tune") and s.config["step"]["name"] == "chunked"
+    alone = trained and master in ("packed", "packed_stochastic")
+    return _recomputing(fp2_model(s.store, s.dtype, master_dtype, s.activations, eval_cache, s.quirks, alone), s.config)
 
 
 def _freeze(s: Session, model: Qwen3) -> None:

@@ -1,5 +1,6 @@
 """task=step, the default: load, probe, take optimizer steps, probe again, with memory at the end of every phase."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -11,15 +12,16 @@ from fp4lab.choices import idle_choices
 from fp4lab.errors import Diverged, UserError
 from fp4lab.events import Emit, Loss, Note, Progress, StateHealth, TensorBytes
 from fp4lab.model.config import HEAD
-from fp4lab.model.paths import TRAINABLE
+from fp4lab.model.paths import TRAINABLE, valueless
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.tasks.meter import Phases
 from fp4lab.tasks.probe import probe
 from fp4lab.tasks.session import Session, open_session, report_data, report_samples
 from fp4lab.telemetry.tensor_bytes import tensor_report
 from fp4lab.train import checks, grads
-from fp4lab.train.adamw import AdamWOptions, ChunkedAdamW
+from fp4lab.train.adamw import AdamWOptions
 from fp4lab.train.batches import Batch, batches
+from fp4lab.train.chunked import ChunkedAdamW
 from fp4lab.train.data import load_samples, ordered
 from fp4lab.train.fused import FusedAdamW
 from fp4lab.train.graph import GraphedStep
@@ -83,6 +85,8 @@ def _train(session: Session, optimizer: "Optimizer", samples: list[Batch], phase
     if isinstance(optimizer, FusedAdamW):
         graphed = GraphedStep(model, optimizer, eager=not step_config["graph"])
         emit(Note(topic="path", text=f"{optimizer.describe()}; {graphed.describe()}"))
+    elif isinstance(optimizer, ChunkedAdamW) and optimizer.fast is not None:
+        emit(Note(topic="path", text=optimizer.describe()))
     for step in range(config["steps"]):
         started = time.monotonic()
         batch = samples[step % len(samples)]
@@ -220,12 +224,15 @@ def make_optimizer(session: Session, emit: Emit) -> Optimizer:
         rule=session.config["weights"]["rule"],
         seed=session.config["seed"],
     )
+    dense = session.store.dense
+    if session.backend == "fp2":
+        session.store.dense = None  # the masters take over
     if c["name"] == "dense":
         optimizer: Optimizer = DenseAdamW(parameters, options)
     elif c["name"] == "fused":
         packed, after = session.store.packed, _after_each(session, emit, flush=False)
-        optimizer = FusedAdamW(model, packed, session.store.tied, options, after, session.store.dense, session.frozen)
-        session.store.dense = None  # the masters took over
+        options = dataclasses.replace(options, offload_mv=False, offload_w=False, offload_grad=False)  # see `idle_choices`
+        optimizer = FusedAdamW(model, packed, session.store.tied, options, after, dense, session.frozen)
     elif c["join"]:
         optimizer = JoinedAdamW(parameters, session.store.packed, options, _after_each(session, emit, flush=False))
     else:
@@ -266,5 +273,5 @@ def byte_report(session: Session, optimizer: Optimizer | None) -> list[TensorByt
     for kind, t in session.store.tensors():
         groups.setdefault(kind, []).append(t)
     if isinstance(session.model, Qwen3):
-        groups["model_param"] = [p for p in session.model.parameters() if p.requires_grad]
+        groups["model_param"] = [p for p in session.model.parameters() if p.requires_grad and not valueless(p)]
     return tensor_report(groups)

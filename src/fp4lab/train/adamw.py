@@ -1,4 +1,4 @@
-"""Packed AdamW, row chunk by row chunk (reference section 5.4).
+"""Packed AdamW of rows, chunk by chunk (reference section 5.4): the state of a parameter, and what a step does to it.
 
 For rows start..stop of each parameter: w, m, v are decoded to fp32; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
 update = (m / bias1) / (sqrt(v / bias2) + eps); w = w - lr (update + decay w); all three are stored again. Scratch is a few
@@ -11,22 +11,21 @@ The weight between steps (`master`):
   packed             NVFP4, nearest: the reference's. Updates smaller than half a code's distance vanish.
   packed_stochastic  NVFP4, stochastic: small updates survive on average; no float master exists.
   packed_residual    NVFP4, nearest, and an int8 of what that leaves, stochastic (`residual`): 12.5 bits.
-A packed weight starts each step from its stored codes; the float parameter is only their image. A weight whose second-level
-scale is per tensor keeps that scale: one chunk cannot know the tensor's maximum. Where no float parameter exists (step=fused)
-a float master is held here, and its rows are packed again, by the rule, in the update that writes them.
+A packed weight starts each step from its stored codes; a float parameter, where there is one, is only their image. A weight
+whose second-level scale is per tensor keeps that scale: one chunk cannot know the tensor's maximum. Where no float parameter
+exists (step=fused) a float master is held here, and its rows are packed again, by the rule, in the update that writes them.
 
 1-D parameters (norms) and the embedding have fp32 moments and an fp32 master whatever the options say, of their own where
 the parameter is narrower (in bf16 a norm near 1 loses every step below 2e-3); `pack_everything` packs them as the reference
 does (its failure 41). A gradient that is not finite makes NaN weights, whatever the master: never a finite wrong one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fp4lab.events import StateHealth
 from fp4lab.nvfp4 import BLOCK, PackedTensor, count_changed, keep_zero_signs, pack, repack_like, unpack, update_stochastic
 from fp4lab.nvfp4.packed import matrix_shape
 from fp4lab.train import residual
@@ -57,7 +56,7 @@ class AdamWOptions:
     pack_everything: bool = False
     rule: str = "torchao"  # of packed weights, nearest
     seed: int = 0
-    kernels: bool = True  # step=fused on a GPU: Triton where it has a kernel; else plain torch
+    kernels: bool = True  # on a GPU: Triton where it has a kernel; else plain torch
     streams: int = 2  # step=fused on a GPU: beside the backward's, for weight gradients and updates
     keep_high_precision: tuple[str, ...] = ("embed_tokens",)  # parts of names; 1-D parameters always
 
@@ -108,9 +107,8 @@ class ParameterState:
     def read(self, start: int, stop: int) -> Tensor:
         """Rows of the stored weight, fp32, on the parameter's device."""
         if self.packed is not None:
-            part = self.packed.rows(start, stop)
-            value = unpack(part) if self.residual is None else residual.decode(part, self.residual[start:stop])
-            return value.to(self.device)
+            part = self.packed.rows(start, stop).to(self.device)
+            return unpack(part) if self.residual is None else residual.decode(part, self.residual[start:stop].to(self.device))
         return self.float_rows(start, stop).to(torch.float32, copy=True)  # a copy: `write` overwrites these rows
 
     def matrix(self) -> Tensor:
@@ -126,8 +124,7 @@ class ParameterState:
         where the stored value says nothing about the codes, how many of these changed (int64 [])."""
         if self.packed is None:
             return self._write_float(start, stop, value, step)
-        old = self.packed.rows(start, stop)
-        value = value.to(self.packed.device)
+        old = self.packed.rows(start, stop).to(self.device)
         new_packed = self._pack(value, old, start, stop, step)
         rescaled = changed = None
         if self.residual is not None:
@@ -137,9 +134,9 @@ class ParameterState:
             changed = count_changed(old, new_packed)
         else:
             different = old.block_scale.view(torch.uint8) != new_packed.block_scale.view(torch.uint8)
-            rescaled = different.repeat_interleave(BLOCK, dim=1)[:, : self.cols].to(self.device)
+            rescaled = different.repeat_interleave(BLOCK, dim=1)[:, : self.cols]
         write_rows(self.packed, start, stop, new_packed)
-        stored = image = unpack(new_packed).to(self.device)
+        stored = image = unpack(new_packed)
         if self.residual is not None:
             stored = self.read(start, stop)
         if self.image is not None:
@@ -199,64 +196,6 @@ class ParameterState:
             yield from ((f"state_{kind}_{part}", t) for part, t in moment.tensors())
 
 
-class ChunkedAdamW:
-    """`step()` reads `.grad` of the parameters and updates them and their stored state in place.
-
-    `packed` gives the stored NVFP4 image of the linears, by name; a weight that is not there is kept as a float, whatever
-    `master` says. It is written in place. Raises ValueError for an unknown master or state and for chunk_rows < 1.
-    `after_each(done, total)` is called after each parameter.
-    """
-
-    def __init__(
-        self,
-        parameters: dict[str, nn.Parameter],
-        packed: dict[str, PackedTensor],
-        options: AdamWOptions,
-        after_each: Callable[[int, int], None] | None = None,
-    ):
-        if options.master not in MASTERS:
-            raise ValueError(f"master {options.master!r}: expected one of {', '.join(MASTERS)}")
-        if options.chunk_rows < 1:
-            raise ValueError(f"chunk_rows {options.chunk_rows}: expected at least 1")
-        self.options, self.after_each, self.t = options, after_each, 0
-        self._parameters = parameters
-        self.states = [ParameterState(i, name, p, packed.get(name), options) for i, (name, p) in enumerate(parameters.items())]
-
-    def names(self) -> list[str]:
-        return [s.name for s in self.states]
-
-    def stored(self) -> dict[str, PackedTensor]:
-        """The packed weights, as they would be exported."""
-        return {s.name: s.stored for s in self.states if s.stored is not None}
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for s in self.states:
-            yield from s.tensors()
-
-    @torch.no_grad()
-    def step(self, lr: float) -> StateHealth:
-        """One update of every parameter that has a gradient. Bias correction counts steps of the optimizer."""
-        self.t += 1
-        health = Health()
-        grads = {s.name: self._parameters[s.name].grad for s in self.states}
-        if self.options.offload_grad:  # all of them first: backward's memory is free before the step allocates
-            for s in self.states:
-                self._parameters[s.name].grad, grad = None, grads[s.name]
-                grads[s.name] = None if grad is None else grad.to("cpu")
-        for done, s in enumerate(self.states, start=1):
-            grad = grads.pop(s.name)
-            if grad is not None:
-                self._update(s, grad.reshape(s.rows, s.cols), lr, health)
-                self._parameters[s.name].grad = grad = None  # gone before `after_each` returns memory
-            if self.after_each is not None:
-                self.after_each(done, len(self.states))
-        return health.event(self.t)
-
-    def _update(self, s: ParameterState, grad: Tensor, lr: float, health: Health) -> None:
-        update_rows(s, grad, 0, self.t, lr, health)
-        count_blocks(s, health)
-
-
 def update_rows(s: ParameterState, grad: Tensor, first: int, step: int, lr: float, health: Health) -> None:
     """One AdamW update of the rows from `first` on, by chunks; grad [rows, cols], which may lie on another device."""
     o = s.options
@@ -265,16 +204,16 @@ def update_rows(s: ParameterState, grad: Tensor, first: int, step: int, lr: floa
         stop = min(start + o.chunk_rows, first + grad.shape[0])
         g = grad[start - first : stop - first].to(s.device).float()
         w = s.read(start, stop)
-        m = s.m.read(start, stop).to(s.device).lerp_(g, 1 - o.beta1)
-        v = s.v.read(start, stop).to(s.device).mul_(o.beta2).addcmul_(g, g, value=1 - o.beta2)
+        m = s.m.read(start, stop, s.device).lerp_(g, 1 - o.beta1)
+        v = s.v.read(start, stop, s.device).mul_(o.beta2).addcmul_(g, g, value=1 - o.beta2)
         update = (m / bias1) / ((v / bias2).sqrt_().add_(o.eps))
         if o.max_update is not None:
             update.clamp_(-o.max_update, o.max_update)
         new = w * (1 - lr * o.weight_decay) - lr * update
         after, rescaled, changed = s.write(start, stop, new, step)
         largest = g.abs().amax(dim=1, keepdim=True)
-        s.m.write(start, stop, m.to(s.mv_device), largest)
-        s.v.write(start, stop, v.to(s.mv_device), largest)
+        s.m.write(start, stop, m, largest)
+        s.v.write(start, stop, v, largest)
         health.update(update)
         if not s.high_precision:  # floats that always move would hide packed weights that never do
             health.weights(w, new, after, rescaled, changed)

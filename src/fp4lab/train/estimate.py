@@ -125,7 +125,7 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
     unquantised = kind in ("random", "hf") and config["weights"]["embedding"] == "raw"
     if unquantised:
         n_dense = n_packed - (_count(head) if tied else 0)
-        phases = PHASES if backend != "fp2" else ("load",) if step["name"] == "fused" else ("load", "forward", "backward")
+        phases = PHASES if backend != "fp2" else ("load",)
         yield _row("unquantised weights", f"{n_dense:,} x {size} bytes, for path R", n_dense * size, phases)
     if backend not in ("fp2", "dense"):
         largest = max(_count(s) for s in packed.values())
@@ -138,7 +138,9 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
     chunked = step["name"] != "dense"
     master = step["master"] if chunked else "fp32"
     master_size = _MASTER.get(master, size)
-    yield _row("trained parameters", f"{n:,} x {master_size} bytes", n * master_size)
+    alone = chunked and backend == "fp2" and master in ("packed", "packed_stochastic")  # linears have no floats
+    n_float = n - sum(_count(s) for k, s in held.items() if k in packed) if alone else n
+    yield _row("trained parameters", f"{n_float:,} x {master_size} bytes", n_float * master_size)
     if master == "packed_residual" and backend == "fp2":
         n_low = sum(_count(s) for k, s in trained.items() if k in packed)
         yield _row("residuals", f"{n_low:,} x 1 byte", n_low)
@@ -148,9 +150,9 @@ def _rows(shape: Qwen3Config, config: dict[str, Any], dtype: str, device: str, b
         yield _row("joined weights", f"{n_low:,} x {each:g} bytes", n_low * each)
     yield from _moments(step, trained, chunked, master_size, device)
     if backend == "fp2" or master_size != size:
-        yield _row(
-            "weights kept for backward", f"{n_packed:,} in the compute dtype, x {size} bytes", n_packed * size, ("forward",)
-        )
+        n_kept = sum(_count(s) for k, s in packed.items() if _kept(k, config["recompute"]))
+        text = f"{n_kept:,} in the compute dtype, x {size} bytes"
+        yield _row("weights kept for backward", text, n_kept * size, ("forward",))
     yield from _activations(shape, config, size, trained=True)
     yield _row("gradients", f"{n_trained:,} x {master_size} bytes", n_trained * master_size, ("backward",))
     offload = chunked and step["offload_grad"] and device == "cuda"
@@ -233,7 +235,7 @@ def _moments(
     total = 2 * (n_low * each + scales * 4)
     yield _row(f"moments ({step['state']})", text, total, after, host)
     yield _row("moments of embedding, norms", f"2 x {n_high:,} x 4 bytes", 2.0 * n_high * 4, after, host)
-    if master_size != 4:
+    if master_size != 4 or (step["join"] and step["name"] == "chunked"):  # joined ones are copies
         yield _row("masters of embedding, norms", f"{n_high:,} x 4 bytes", n_high * 4, after)
 
 
@@ -258,6 +260,12 @@ def _activations(shape: Qwen3Config, config: dict[str, Any], size: int, trained:
     width = min(shape.vocab_size, VOCABULARY_CHUNK) if config["step"]["name"] == "fused" else shape.vocab_size
     text = f"{tokens} tokens x {width:,} x {size + 4} bytes"
     yield _row("logits", text, tokens * width * (size + 4), phases)
+
+
+def _kept(linear: str, recompute: str) -> bool:
+    """Whether the backward finds its dequantised weight: of what is computed again, one block's (or MLP's) at a time."""
+    again = recompute == "block" or (recompute == "selective" and ".mlp." in linear)
+    return not again or not linear.startswith("model.layers.") or linear.startswith("model.layers.0.")
 
 
 def _high_precision(name: str, shape: tuple[int, ...], packed_embedding: bool) -> bool:

@@ -29,7 +29,7 @@ from fp4lab.train.adamw import AdamWOptions, ParameterState, count_blocks, updat
 from fp4lab.train.batches import IGNORE
 from fp4lab.train.beside import Beside
 from fp4lab.train.health import Health
-from fp4lab.train.kernel_step import KernelStep
+from fp4lab.train.kernel_step import Joint, KernelStep
 from fp4lab.train.vectors import Vectors
 
 VOCABULARY_CHUNK = 8192  # rows of the head that are dequantised at a time
@@ -66,6 +66,7 @@ class FusedAdamW:
         self.beside = Beside(self.head.device, options.streams)
         self._later: list[Head] = []  # heads whose gradient the embedding takes
         trained: dict[str, tuple[Tensor | None, PackedTensor | None]] = {}
+        products: dict[tuple[str, ...], PackedTensor] = {}  # of linears: whose rows they have
         for module_name, module in model.named_modules():  # the order of step=chunked, whose dither goes by it
             name = f"{module_name}.weight"
             if name in frozen:
@@ -77,22 +78,30 @@ class FusedAdamW:
                 trained[name] = (None, kept) if isinstance(kept, PackedTensor) else (kept, None)
                 module.consume = self._consume_lookup
             elif isinstance(module, ConsumingLinear) and not (name == HEAD and tied):
-                trained[name] = None, packed[name]
+                names = module.members or (name,)
+                module.frozen = all(n in frozen for n in names)
+                if module.frozen:
+                    continue
+                assert not any(n in frozen for n in names), f"of {', '.join(names)} some learn and some do not"
+                trained.update((n, (None, packed[n])) for n in names)
                 if name != HEAD:
-                    module.consume = functools.partial(self.consume_product, name)
+                    module.consume = functools.partial(self.consume_product, names)
+                    products[names] = module.packed
         self.states = {
             n: ParameterState(i, n, *parts, options, dense.pop(n, None)) for i, (n, parts) in enumerate(trained.items())
         }
+        self.fast = self._kernels(products) if options.kernels else None
 
-        self.fast = self._kernels() if options.kernels else None
-
-    def _kernels(self) -> KernelStep | None:
+    def _kernels(self, products: dict[tuple[str, ...], PackedTensor]) -> KernelStep | None:
         fast = KernelStep(self.options, self.head.device)
         taken = {n for n, s in self.states.items() if fast.why_not(s) is None}
         vectors = [s for s in self.states.values() if Vectors.takes(s)]
         if not taken:
             return None
         self._taken, self._vectors = taken, Vectors(vectors, self.options) if vectors else None
+        self._joint = {
+            n: Joint([self.states[x] for x in n], w) for n, w in products.items() if len(n) > 1 and taken.issuperset(n)
+        }
         return fast
 
     def describe(self) -> str:
@@ -101,7 +110,10 @@ class FusedAdamW:
             why = KernelStep(self.options, self.head.device).why_not(next(s for s in self.states.values() if s.stored))
             return f"updates are plain torch operations: {why if self.options.kernels else 'step.kernels=false'}"
         vectors = set() if self._vectors is None else {s.name for s in self._vectors.states}
-        text = f"one Triton kernel updates each of {len(self._taken)} matrices, one sweep {len(vectors)} vectors"
+        joined = sum(len(names) for names in self._joint)
+        text = f"one Triton kernel updates each of {len(self._taken)} matrices"
+        text += f", {joined} of them joined to {len(self._joint)}" if joined else ""
+        text += f", one sweep {len(vectors)} vectors"
         text += f"; {len(self.beside)} streams beside the backward's" if len(self.beside) else "; all on one stream"
         left = [n for n in self.states if n not in self._taken and n not in vectors]
         return text + "".join(f"; {n}: plain torch, {self.fast.why_not(self.states[n])}" for n in left)
@@ -146,18 +158,31 @@ class FusedAdamW:
         else:
             self._squares += grad.float().square().sum()
             update_rows(self.states[name], grad, first, self.t, self._lr, self._health)
+        self._note(name)
+
+    def _note(self, name: str) -> None:
         if name not in self._seen:
             self._seen.add(name)
             if self.after_each is not None:
                 self.after_each(len(self._seen), len(self.states))
 
     @torch.no_grad()
-    def consume_product(self, name: str, dy: Tensor, x: Tensor) -> None:
-        """The same of a whole parameter with the gradient dy^T x; dy [N, rows], x [N, cols]."""
-        if self.fast is not None and name in self._taken:  # sums that plain torch adds up know one stream only
-            self.beside.run(lambda: self.consume(name, dy.T @ x), dy, x)
+    def consume_product(self, names: tuple[str, ...], dy: Tensor, x: Tensor) -> None:
+        """The same of whole parameters, whose rows follow each other, with the gradient dy^T x; dy [N, rows], x [N, cols]."""
+        if self.fast is not None and self._taken.issuperset(names):  # sums that plain torch adds up know one stream only
+            self.beside.run(lambda: self._product(names, dy, x), dy, x)
         else:
-            self.consume(name, dy.T @ x)
+            self._product(names, dy, x)
+
+    def _product(self, names: tuple[str, ...], dy: Tensor, x: Tensor) -> None:
+        grad = dy.T @ x
+        if self.fast is not None and names in self._joint:
+            self.fast.update_joint(self._joint[names], grad)
+            for name in names:
+                self._note(name)
+            return
+        for name, rows in zip(names, grad.split([self.states[n].rows for n in names]), strict=True):
+            self.consume(name, rows)
 
     @torch.no_grad()
     def update_vectors(self) -> None:

@@ -18,7 +18,7 @@ def sanitize(parameters: Iterable[nn.Parameter]) -> int:
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Global L2 norm, accumulated in fp32 (each tensor's own in fp32 too)."""
-    norms = [p.grad.float().norm() for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
     return torch.stack(norms).norm() if norms else torch.zeros(())
 
 

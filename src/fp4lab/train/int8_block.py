@@ -47,10 +47,10 @@ class Int8Blocks:
         self.codes = torch.full((rows, cols), zero, dtype=torch.uint8, device=device)
         self.absmax = torch.zeros(rows, -(-cols // WIDTH), device=device)
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop, fp32 [stop - start, cols]."""
-        values = dynamic_map(self.signed, self.codes.device)[self.codes[start:stop].int()]
-        return values * self._spread(self.absmax[start:stop])
+    def read(self, start: int, stop: int, device: torch.device | None = None) -> Tensor:
+        """Rows start..stop, fp32 [stop - start, cols], decoded on `device`."""
+        codes, absmax = self.codes[start:stop].to(device), self.absmax[start:stop].to(device)
+        return dynamic_map(self.signed, codes.device)[codes.int()] * self._spread(absmax)
 
     def write(self, start: int, stop: int, value: Tensor) -> None:
         """Stores fp32 rows, to nearest. A block with a NaN or an infinity reads as neither a number nor finite."""

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fp4lab.events import StateHealth
+from fp4lab.model.paths import valueless
 from fp4lab.nvfp4 import PackedTensor
 from fp4lab.train.adamw import AdamWOptions, ParameterState, count_blocks, update_rows
 from fp4lab.train.health import Health
+from fp4lab.train.state import named_parts
 
 NORMS = "norms"
 
@@ -80,7 +82,8 @@ class JoinedAdamW:
             (stops[-1], first.shape[1]),
             first.divide,
         )
-        return Group(names, rows, ParameterState(index, names[0], None, joint, self.options, torch.cat(parts)))
+        start = None if any(map(valueless, parts)) else torch.cat(parts)
+        return Group(names, rows, ParameterState(index, names[0], None, joint, self.options, start))
 
     def names(self) -> list[str]:
         return list(self._parameters)
@@ -95,6 +98,8 @@ class JoinedAdamW:
             yield from g.state.tensors()
             if g.state.image is not None:
                 yield "state_w_data", g.state.image
+            if g.state.codes is not None:  # a copy: the rows of several parameters
+                yield from ((f"joined_{part}", t) for part, t in named_parts(g.state.codes))
 
     @torch.no_grad()
     def step(self, lr: float) -> StateHealth:

@@ -1,12 +1,46 @@
 """`adamw.update_rows` as one kernel a matrix, for the states that it knows; the others stay with plain torch."""
 
+import itertools
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from fp4lab.nvfp4 import PackedTensor, adamw_kernel, kernels
+from fp4lab.model.store import concat_rows
+from fp4lab.nvfp4 import PackedTensor, adamw_kernel, kernels, unpack
 from fp4lab.nvfp4.packed import BLOCK
 from fp4lab.train.adamw import AdamWOptions, ParameterState
 from fp4lab.train.noise import mix
+from fp4lab.train.state import Moment, write_rows
+
+
+@dataclass
+class Joint:
+    """Parameters whose rows are one matrix: `states` in order of its rows, w their packed weight, and their moments, of which
+    theirs are made views here."""
+
+    states: list[ParameterState]
+    w: PackedTensor
+
+    def __post_init__(self) -> None:
+        stops = list(itertools.accumulate(s.rows for s in self.states))
+        self.rows = list(itertools.pairwise([0, *stops]))
+        self.borders = stops[0], stops[1] if len(stops) == 3 else adamw_kernel.NEVER
+        self.m, self.v = (self._join([s.m for s in self.states]), self._join([s.v for s in self.states]))
+        first = self.states[0].index
+        assert [s.index for s in self.states] == list(range(first, first + len(self.states))), "the dither goes by it"
+
+    def _join(self, moments: list[Moment]) -> "PackedTensor | Tensor":
+        packed = [x.packed for x in moments if x.packed is not None]
+        if packed:
+            whole = concat_rows(packed)
+            for x, span in zip(moments, self.rows, strict=True):
+                x.packed = whole.rows(*span)
+            return whole
+        data = torch.cat([x.data for x in moments if x.data is not None])
+        for x, (start, stop) in zip(moments, self.rows, strict=True):
+            x.data = data[start:stop]
+        return data
 
 
 class KernelStep:
@@ -42,8 +76,6 @@ class KernelStep:
             return f"weights.rule={o.rule} has no kernel"
         if o.state not in adamw_kernel.FORMATS:
             return f"step.state={o.state} has no kernel"
-        if s.mv_device != s.device or w.device != s.device:
-            return "its state lies on the host"
         return None
 
     def set(self, step: int, lr: float) -> None:
@@ -55,14 +87,33 @@ class KernelStep:
         self.numbers.copy_(numbers)
 
     def update(self, s: ParameterState, grad: Tensor, first: int) -> None:
-        """The rows from `first` on; grad [rows, cols]."""
+        """The rows from `first` on; grad [rows, cols]. State that lies on the host comes to the device for it, as it is."""
         stop = first + grad.shape[0]
-        assert s.packed is not None
-        m, v = (_rows(x.packed if x.packed is not None else x.data, first, stop) for x in (s.m, s.v))
-        w = s.packed.rows(first, stop)
+        held = [_rows(x, first, stop) for x in (s.packed, s.m.packed or s.m.data, s.v.packed or s.v.data)]
+        w, m, v = here = [x.to(s.device) for x in held]
+        assert isinstance(w, PackedTensor)
         adamw_kernel.adamw(grad.contiguous(), w, m, v, self.numbers, self.counts, s.index, first, self._constants, self.count)
+        for old, new in zip(held, here, strict=True):
+            if old.device != s.device:
+                _copy(old, new)
+        if s.image is not None:
+            s.matrix()[first:stop] = unpack(w, s.image.dtype)
+
+    def update_joint(self, joint: Joint, grad: Tensor) -> None:
+        """All rows of several parameters; grad [rows, cols]. The bits of `update` of each."""
+        held = joint.w, joint.m, joint.v, self.numbers, self.counts
+        adamw_kernel.adamw(grad, *held, joint.states[0].index, 0, self._constants, self.count, joint.borders)
 
 
 def _rows(x: "PackedTensor | Tensor | None", start: int, stop: int) -> "PackedTensor | Tensor":
     assert x is not None
     return x.rows(start, stop) if isinstance(x, PackedTensor) else x[start:stop]
+
+
+def _copy(target: "PackedTensor | Tensor", source: "PackedTensor | Tensor") -> None:
+    if isinstance(target, PackedTensor):
+        assert isinstance(source, PackedTensor)
+        write_rows(target, 0, target.shape[0], source)
+    else:
+        assert isinstance(source, Tensor)
+        target.copy_(source)

@@ -39,9 +39,15 @@ class Moment:
         if format.startswith("nvfp4"):
             levels = "row" if format == "nvfp4_two_level" else "single"
             rule = "nearest" if format == "nvfp4_two_level" else "native"
-            self.packed = pack(torch.zeros(rows, cols, device=device), rule, levels)
-            if self.packed.global_scale is not None:
-                self.packed.global_scale.zero_()  # of gradients that nobody saw yet
+            row = pack(torch.zeros(1, cols), rule, levels)  # one of them: all are alike
+            codes, scale = row.codes.to(device), row.block_scale.view(torch.uint8).to(device)
+            self.packed = PackedTensor(
+                codes.repeat(rows, 1),
+                scale.repeat(rows, 1).view(torch.float8_e4m3fn),
+                None if row.global_scale is None else torch.zeros(rows, 1, device=device),  # of unseen gradients
+                (rows, cols),
+                row.divide,
+            )
         elif format == "int8":
             self.data = torch.zeros(rows, cols, dtype=torch.int8, device=device)
             self.scale = torch.zeros(rows, 1, device=device)
@@ -51,22 +57,22 @@ class Moment:
             dtype = torch.bfloat16 if format == "bf16" else torch.float32
             self.data = torch.zeros(rows, cols, dtype=dtype, device=device)
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop, fp32 [stop - start, cols]."""
+    def read(self, start: int, stop: int, device: torch.device | None = None) -> Tensor:
+        """Rows start..stop, fp32 [stop - start, cols], decoded on `device`: of an offloaded state only stored bytes travel."""
         if self.packed is not None:
-            part = self.packed.rows(start, stop)
+            part = self.packed.rows(start, stop).to(device)
             return _squared_root(part) if self.root else unpack(part)
         if self.blocks is not None:
-            return self.blocks.read(start, stop)
+            return self.blocks.read(start, stop, device)
         assert self.data is not None
-        value = self.data[start:stop].float()
-        return value if self.scale is None else value * self.scale[start:stop]
+        value = self.data[start:stop].to(device).float()
+        return value if self.scale is None else value * self.scale[start:stop].to(device)
 
     def write(self, start: int, stop: int, value: Tensor, largest: Tensor) -> None:
-        """Stores fp32 rows; largest [stop - start, 1] is the largest |gradient| of each."""
+        """Stores fp32 rows, encoded where `value` lies; largest [stop - start, 1] is the largest |gradient| of each."""
         if self.packed is not None:
             if self.format == "nvfp4_two_level":
-                bound = self._bound(self.packed.rows(start, stop), largest.to(value.device))
+                bound = self._bound(self.packed.rows(start, stop).to(value.device), largest)
                 new = pack(value.sqrt() if self.root else value, "nearest", "row", global_scale=bound)
             else:
                 new = pack(value.to(torch.bfloat16), "native", "single")
