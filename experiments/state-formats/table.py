@@ -24,7 +24,7 @@ from fp4lab.train.checks import adam_bound
 
 REGIMES = ("scratch", "finetune")
 MIB = 1 << 20
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SIZES = {"uint8": 1, "float32": 4, "bfloat16": 2, "float16": 2}
 REFERENCE = ("fp32", "fp32")
 AS_GOOD, HALF = 0.01, 0.5
 ORDER = ("as good", "behind", "stands still", "unstable", "diverged")
@@ -63,10 +63,12 @@ def runs_of(folder: Path, regime: str) -> pd.DataFrame:
 
 def bits(kinds: pd.DataFrame, master: str) -> float:
     """Stored bits of a weight that follows the master, from the byte report without what is fp32 whatever the formats are."""
-    count = {k: elements(rows) for k, rows in kinds.groupby("tensor_kind") if k in ("model_param", "raw_param")}
+    wanted = ("model_param", "raw_param", "state_w_codes")
+    count = {k: elements(rows) for k, rows in kinds.groupby("tensor_kind") if k in wanted}
     high = count["raw_param"]
+    low = 2 * count["state_w_codes"] if "state_w_codes" in count else count["model_param"] - high
     state = kinds[kinds["tensor_kind"].str.startswith("state_")]["mib"].sum() * MIB
-    own = (state - 12 * high) / (count["model_param"] - high) * 8  # fp32 master, m and v of embedding and norms
+    own = (state - 12 * high) / low * 8  # fp32 master, m and v of embedding and norms
     return own + (0 if master.startswith("packed") else NVFP4_BITS)
 
 
