@@ -33,8 +33,9 @@ from torch import nn
 
 from fp4lab.checkpoint import open_weights
 from fp4lab.nvfp4 import pack, unpack
-from fp4lab.train.adamw import AdamWOptions, ChunkedAdamW
+from fp4lab.train.adamw import AdamWOptions
 from fp4lab.train.checks import adam_bound
+from fp4lab.train.chunked import ChunkedAdamW
 from fp4lab.train.state import Moment
 
 common.style()
