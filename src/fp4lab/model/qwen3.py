@@ -16,9 +16,7 @@ from fp4lab.model.layers import KVCache, Rope, attend, heads, joint_silu_mul, rm
 from fp4lab.model.linears import ConsumingLinear, lookup
 from fp4lab.nvfp4 import PackedTensor
 
-MakeLinear = Callable[
-    [str], nn.Module
-]  # parameter name -> the linear that computes it; or "...qkv", "...gate_up" -> a joint one
+MakeLinear = Callable[[str], nn.Module]  # parameter name, or "...qkv" or "...gate_up" of a joint one -> its linear
 
 
 def recomputed(module: nn.Module, run: Callable[..., Tensor], *args: Any) -> Tensor:
