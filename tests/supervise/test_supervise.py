@@ -63,9 +63,9 @@ def test_thousands_of_records_arrive_in_order(go):
 
 
 def test_samples_are_recorded(go):
-    _, records = go("slow", sample_s=0.1)
+    result, records = go("slow", sample_s=0.1)
     samples = of(records, "sample")
-    assert 2 <= len(samples) <= 6
+    assert 2 <= len(samples) <= result["seconds"] / 0.1 + 1
     assert all(s["proc_rss_mib"] > 1 for s in samples)
     assert records[-1]["peaks"]["proc_rss_mib"] >= max(s["proc_rss_mib"] for s in samples)
 

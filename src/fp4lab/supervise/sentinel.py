@@ -177,10 +177,14 @@ class Sentinel(threading.Thread):
         report.looks += 1
         report.cost_s += now - start
         report.source = memory.source
-        if now - self._last_sample >= self.sample_s:
+        if now - self._last_sample >= self.sample_s and not self._gone(memory):
             self._last_sample = now
             self._put(Sample(**vars(memory)))
         return Look(now, holds, memory.mem_available_mib, now - self.signs.progress_s, self.signs.after)
+
+    def _gone(self, memory: Memory) -> bool:
+        """Nobody lives here any more: `memory` is of zombies, or of nobody, and no sample of the run."""
+        return memory.proc_rss_mib == 0 or (memory.proc_rss_mib is None and not self._pids())
 
     def _pids(self) -> list[int]:
         """The worker's tree, and what of it was left to the server when its own parent ended."""
