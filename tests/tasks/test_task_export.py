@@ -1,10 +1,12 @@
 """task=export and what task=tune writes: any format, loaded again, the same model; everything trained is in it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fp4lab.checkpoint import open_weights
 from fp4lab.choices import idle_choices
@@ -27,6 +29,10 @@ TRAIN = (
     "data.path=data/dialogues/zh_greetings.jsonl",
     "seq_len=32",
     "task.max_tokens=2",
+)
+SHAPE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
 
 
@@ -184,6 +190,50 @@ def test_what_would_stop_the_writing_is_told_first(task, compose, tmp_path):
         assert not of(records, "phase")
     with pytest.raises(UserError, match="what is being read"):
         main(compose(*base, f"task.output={SHIPPED.absolute()}", "task.overwrite=true"), lambda e: None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["weights=random", "weights.levels=row", "task.format=modelopt"], "task.format=modelopt has one second-level scale"),
+        (["task.format=compressed-tensors", "task.head=float"], "task.head=float: a trained head"),
+        (["weights=random", "model=qwen3_0_6b", "task.format=hf"], "these weights are of no folder"),
+        (["task.format=dat"], "needs 6 MiB, and the disk has 2 MiB left"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_the_first_step(overrides, says, compose, tmp_path, monkeypatch):
+    """Not after hours of training, when all that is left of it is the message."""
+    if overrides == ["task.format=dat"]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 2 << 20))  # type: ignore[attr-defined]
+    if "model=qwen3_0_6b" in overrides:
+        small = json.loads((SHIPPED.parent / "config.json").read_text())
+        overrides = [*overrides, *(f"++model.config.{k}={small[k]}" for k in SHAPE), "guard.force=true"]
+    records: list[dict] = []
+    with pytest.raises(UserError, match=says):
+        main(compose(*TRAIN, *overrides, f"task.output={tmp_path / 'out'}"), lambda e: records.append(to_record(e)))
+    assert of(records, "file", role="config") or of(records, "note"), "it got as far as the model"
+    assert not of(records, "batch") and not of(records, "loss")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_do_not_learn_may_keep_their_scales(compose, tmp_path):
+    """A source whose q, k and v differ in their second level: layers that are frozen are written as they came."""
+    out = tmp_path / "out"
+    run(
+        compose(
+            "task=export", "task.format=modelopt", f"task.output={tmp_path / 'mo'}", "weights=random", "weights.levels=tensor"
+        )
+    )
+    file = tmp_path / "mo/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.k_proj.weight_scale_2"] *= 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    base = [*TRAIN, "weights=hf", f"weights.path={tmp_path / 'mo'}", "task.format=modelopt", f"task.output={out}"]
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.\w_proj\.weight is trained with one a row"):
+        run(compose(*base))
+    run(compose(*base, "step.train_last_layers=1"))
+    again = load_file(out / "model.safetensors")
+    assert again["model.layers.0.self_attn.k_proj.weight_scale_2"] == tensors["model.layers.0.self_attn.k_proj.weight_scale_2"]
 
 
 def test_export_needs_an_output(compose):

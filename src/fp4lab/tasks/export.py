@@ -14,14 +14,15 @@ from torch import Tensor
 from fp4lab.checkpoint import open_weights, wide_scales
 from fp4lab.checkpoint.atomic import refuse_existing
 from fp4lab.checkpoint.convert import recipe_for
-from fp4lab.checkpoint.export import Exported, Target, export, refuse_own_input
+from fp4lab.checkpoint.export import Exported, Target, export, plan, refuse_own_input
 from fp4lab.checkpoint.formats import model_order
+from fp4lab.checkpoint.public import SCHEMES
 from fp4lab.checkpoint.quantise import Quantised, TensorError
 from fp4lab.checkpoint.weights import MemoryWeights, Replaced, Weights
 from fp4lab.choices import idle_choices
 from fp4lab.errors import UserError
 from fp4lab.events import Emit, File, Note, Progress
-from fp4lab.model.config import HEAD
+from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.nvfp4 import PackedTensor
 from fp4lab.tasks.meter import Phases
@@ -38,6 +39,7 @@ def run(config: dict[str, Any], emit: Emit) -> None:
         emit(Note(topic="no_effect", text=text))
     phases = Phases(config, emit)
     session = open_session(config, emit)
+    check_model(session)
     phases.done("model_loaded")
     before = probe(session, config["prompt"], "before", emit)
     phases.done("first_token_done")
@@ -102,32 +104,35 @@ def reloading(config: dict[str, Any], done: Exported) -> dict[str, Any]:
     return again
 
 
+def check_model(session: Session, trained: bool = False) -> None:
+    """What would stop `save_model`, told before hours of training: room on the disk, what the format cannot hold, no tokenizer.
+
+    Raises UserError.
+    """
+    weights, target = _to_write(session, trained, [])
+    try:
+        plan(weights, target)
+        if target.format in SCHEMES and isinstance(weights, Replaced):
+            for name in (n for n, v in weights.values.items() if isinstance(v, PackedTensor) and v.levels == "row"):
+                if name != EMBEDDING and name not in session.frozen:  # the others keep the rows that they have
+                    raise UserError(
+                        f"task.format={target.format} has one second-level scale a tensor, and {name} is trained with one a "
+                        "row (weights.levels=row, or a source whose q/k/v or gate/up differ in theirs): use task.format=dat, "
+                        "or task.format=hf and `fp4lab convert` after it"
+                    )
+    finally:
+        weights.close()
+
+
 def save_model(session: Session, emit: Emit, trained: bool = False) -> Exported:
     """Writes the session's model as task.output in task.format, and reports its files.
 
     Untrained, the tensors are the checkpoint's own; `trained` takes the store's, in the checkpoint's order and dtypes.
     Raises UserError.
     """
-    config, task = session.config, session.config["task"]
-    weights = _checkpoint(session)
-    wide = config["quirk"]["fp16_scales"] and task["format"] == "dat"
     errors: list[TensorError] = []
+    weights, target = _to_write(session, trained, errors)
     try:
-        if trained:
-            weights = Replaced(weights, _trained(session, task["format"], task["head"]))
-        elif task["format"] != "hf":
-            rules = config["weights"]
-            levels = "tensor" if rules["levels"] == "row" and task["format"] != "dat" else rules["levels"]
-            head = None if task["head"] == "auto" else task["head"]
-            recipe = recipe_for(task["format"], rules["rule"], levels, head=head)
-            weights = Quantised(weights, recipe, task["format"] == "compressed-tensors", errors.append)
-        target = Target(
-            Path(task["output"]),
-            task["format"],
-            scales="float16" if wide else "e4m3",
-            config=_config_folder(session),
-            overwrite=task["overwrite"],
-        )
         done = export(weights, target, errors, lambda n, total, name: emit(Progress(what="export", done=n, total=total)))
     finally:
         weights.close()
@@ -135,7 +140,7 @@ def save_model(session: Session, emit: Emit, trained: bool = False) -> Exported:
         emit(File(role="output", path=str(info.path), format=info.format, bytes=info.bytes, sha256=info.sha256))
     for text in done.notes:
         emit(Note(topic="export", text=text))
-    if wide:
+    if target.scales == "float16":
         count, nbytes = wide_scales(done.path)
         text = f"{count} entries of block scales are floats ({nbytes} bytes); who reads E4M3 bytes reads other weights"
         emit(Note(topic="export", text=f"{done.path}: {text}"))
@@ -144,6 +149,30 @@ def save_model(session: Session, emit: Emit, trained: bool = False) -> Exported:
         text = f"{len(errors)} tensors were quantised; worst relative error {worst.relative_error:.4f} ({worst.name})"
         emit(Note(topic="export", text=text))
     return done
+
+
+def _to_write(session: Session, trained: bool, errors: list[TensorError]) -> tuple[Weights, Target]:
+    """What `save_model` writes, open, and where. `errors` is filled while it is read."""
+    config, task = session.config, session.config["task"]
+    form, rules = task["format"], config["weights"]
+    values = _trained(session, form, task["head"]) if trained else None
+    recipe = None
+    if not trained and form != "hf":
+        levels = "tensor" if rules["levels"] == "row" and form != "dat" else rules["levels"]
+        recipe = recipe_for(form, rules["rule"], levels, head=None if task["head"] == "auto" else task["head"])
+    weights = _checkpoint(session)
+    if values is not None:
+        weights = Replaced(weights, values)
+    if recipe is not None:
+        weights = Quantised(weights, recipe, form == "compressed-tensors", errors.append)
+    wide = config["quirk"]["fp16_scales"] and form == "dat"
+    return weights, Target(
+        Path(task["output"]),
+        form,
+        scales="float16" if wide else "e4m3",
+        config=_config_folder(session),
+        overwrite=task["overwrite"],
+    )
 
 
 def _checkpoint(session: Session) -> Weights:

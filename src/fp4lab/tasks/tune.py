@@ -14,7 +14,7 @@ from fp4lab.events import Emit, Fed, Loss, Note, Progress, Turn
 from fp4lab.model.paths import TRAINABLE
 from fp4lab.tasks.advance import Advance
 from fp4lab.tasks.exam import Exam
-from fp4lab.tasks.export import check_output, reloading, save_model
+from fp4lab.tasks.export import check_model, check_output, reloading, save_model
 from fp4lab.tasks.meter import Phases
 from fp4lab.tasks.probe import all_paths, probe
 from fp4lab.tasks.resume import Checkpoints
@@ -44,6 +44,8 @@ def run(config: dict, emit: Emit) -> None:
         emit(Note(topic="no_effect", text=text))
     phases = Phases(config, emit)
     session = open_session(config, emit)
+    if task["output"]:
+        check_model(session, trained=True)
     phases.done("model_loaded")
     session.dispose()
     session.compact()
