@@ -127,6 +127,18 @@ def test_the_recipes_of_the_formats():
         recipe_for("hf")
 
 
+def test_what_is_ignored():
+    """The head too, as other tools' recipes name it. A pattern of nothing is a slip: what it meant to keep would be packed."""
+    weights = MemoryWeights(floats())
+    kept = Quantised(weights, recipe_for("dat", ignore=("lm_head", "*.layers.1.*")), False)
+    assert HEAD not in kept.names() and {n.split(".")[2] for n in kept.chosen} == {"0"}
+    assert Quantised(weights, recipe_for("modelopt", ignore=("lm_head",)), False).chosen == set(
+        Quantised(weights, recipe_for("modelopt"), False).chosen
+    )
+    with pytest.raises(UserError, match=r"ignore 'layers.0': no module is called so; expected .* model\.layers\.0\."):
+        Quantised(weights, recipe_for("dat", ignore=("*_proj", "layers.0")), False)
+
+
 def test_rows_that_are_no_whole_blocks():
     with pytest.raises(UserError, match=r"a.x_proj.weight \[4, 20\]: rows are not whole blocks of 16; add --ignore 'a.x_proj'"):
         Quantised(MemoryWeights({"a.x_proj.weight": torch.randn(4, 20)}), Recipe(), False)

@@ -121,7 +121,7 @@ def export(
         with whole_file(target.path, target.overwrite) as part:
             _fill([part], planned, weights, progress)
         done.files = [FileInfo("output", target.path.resolve(), "dat")]
-        _write_manifest(target.path.parent / (target.path.name + ".manifest.json"), done, weights)
+        _write_manifest(_beside(target.path), done, weights)
         return done
     with whole_folder(target.path, target.overwrite) as part:
         torn = _fill([part / layout.name for layout in planned.layouts], planned, weights, progress)
@@ -211,10 +211,21 @@ def check_space(path: Path, needed: int) -> None:
         )
 
 
+def manifest_of(path: Path) -> Path:
+    """Of what `export` wrote as `path`: in the folder, or beside the .dat file. Raises UserError when there is none."""
+    manifest = path / MANIFEST if path.is_dir() else _beside(path)
+    if not manifest.is_file():
+        raise UserError(f"{path}: no manifest ({manifest.name}), which `fp4lab export`, `convert` and task.output write")
+    return manifest
+
+
 def verify(manifest: Path) -> list[str]:
     """What differs from a manifest: files missing, of another size, of another checksum. Raises UserError."""
+    files = read_json(manifest).get("files")
+    if not isinstance(files, dict) or not all(isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values()):
+        raise UserError(f'{manifest}: expected "files", an object of bytes and sha256 by name')
     wrong = []
-    for name, entry in read_json(manifest).get("files", {}).items():
+    for name, entry in files.items():
         path = manifest.parent / name
         if not path.is_file():
             wrong.append(f"{name} is missing")
@@ -228,7 +239,11 @@ def verify(manifest: Path) -> list[str]:
 def _clear_manifest(path: Path) -> None:
     """An old manifest would not be the new file's, if the two writes are cut apart."""
     if path.is_file():
-        (path.parent / (path.name + ".manifest.json")).unlink(missing_ok=True)
+        _beside(path).unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".manifest.json")
 
 
 def _write_manifest(path: Path, done: Exported, weights: Weights) -> None:

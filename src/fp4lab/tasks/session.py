@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fp4lab.chat.tokenizer import Tokenizer
-from fp4lab.checkpoint import FileInfo, Weights, open_weights
+from fp4lab.checkpoint import FileInfo, Weights, check_path, open_weights
 from fp4lab.errors import UserError
 from fp4lab.events import Emit, File, Note
 from fp4lab.model.bridge import Bridge
@@ -180,6 +180,8 @@ def _shape(config: dict[str, Any], emit: Emit) -> tuple[Qwen3Config, Path | None
     """The model's shape and the folder it came from: the weights' own folder, model.path, or model.config."""
     model, weights = config["model"], config["weights"]
     folder = model["path"]
+    if weights["kind"] in ("hf", "dat"):
+        check_path(weights["kind"], weights["path"])
     if weights["kind"] == "hf" and (model["name"] != "tiny" or not folder or Path(folder) == SHIPPED):
         folder = weights["path"]
     if folder is None:
