@@ -86,9 +86,16 @@ def check_output(config: dict[str, Any]) -> None:
     """What would stop the writing, told before the run begins. Raises UserError."""
     task = config["task"]
     if task["output"]:
-        refuse_existing(task["output"], task["overwrite"])
+        refuse_existing(task["output"], may_overwrite(config))
         if config["weights"]["path"] or config["weights"]["kind"] == "shipped":
             refuse_own_input(Path(task["output"]), [_path(config)])
+
+
+def may_overwrite(config: dict[str, Any]) -> bool:
+    """Also what an earlier attempt of this run left in its own folder, when it is gone on with (sweep.resume)."""
+    output, out_dir = config["task"]["output"], config.get("out_dir")
+    own = output is not None and out_dir is not None and Path(out_dir).resolve() in Path(output).resolve().parents
+    return config["task"]["overwrite"] or (config["sweep"]["resume"] and own)
 
 
 def _path(config: dict[str, Any]) -> Path:
@@ -171,7 +178,7 @@ def _to_write(session: Session, trained: bool, errors: list[TensorError]) -> tup
         form,
         scales="float16" if wide else "e4m3",
         config=_config_folder(session),
-        overwrite=task["overwrite"],
+        overwrite=may_overwrite(config),
     )
 
 
