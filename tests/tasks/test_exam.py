@@ -67,7 +67,7 @@ def test_reached_early_exported_reloaded_and_asked_again_on_every_path(compose, 
     (note,) = [r["text"] for r in records if r["kind"] == "note" and r["topic"] == "stop"]
     last = max(r["step"] for r in records if r["kind"] == "loss")
     assert f"after step {last}" in note and last < 59
-    assert {r["when"] for r in records if r["kind"] == "first_token"} == {"before", "after"}
+    assert {r["when"] for r in records if r["kind"] == "first_token"} == {"before", "after", "reloaded"}
 
 
 def test_what_is_missed_is_said_with_path_answer_and_expectation(compose, files):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp4lab.checkpoint import open_weights
+from fp4lab.checkpoint import DatFile, open_weights
 from fp4lab.choices import idle_choices
 from fp4lab.errors import UserError
 from fp4lab.events import to_record
@@ -62,7 +62,7 @@ def test_export_and_load_again(form, compose, tmp_path):
     assert diffs.keys() == {"A-A", "B-B", "C-C"}
     for diff in diffs.values():
         assert diff["top1_equal"] and (diff["kl"] == 0 or form == "hf"), diff
-    assert any("loaded again" in r["text"] for r in of(records, "note", topic="export"))
+    assert any("loaded again" in r["text"] for r in of(records, "note", topic="reload"))
     if form == "dat":
         assert out.read_bytes() == SHIPPED.read_bytes()
 
@@ -136,6 +136,8 @@ def test_everything_trained_is_exported(form, source, compose, hf, tmp_path):
     finally:
         tune.save_model = original  # type: ignore[attr-defined]
     assert session is not None and of(seen, "file", role="output")
+    again = {r["pair"]: r for r in of(seen, "first_token_diff", when="export")}
+    assert again.keys() == {"A-A", "B-B", "C-C"} and all(r["top1_equal"] and not r["fault"] for r in again.values())
     written = open_weights("dat" if form == "dat" else "hf", tmp_path / "out")
     start = open_weights("dat", SHIPPED)
     tied = source == "hf" and form != "dat"
@@ -162,10 +164,34 @@ def test_everything_trained_is_exported(form, source, compose, hf, tmp_path):
                 assert torch.equal(again.store.packed[name].codes, p.codes), name
 
 
+@pytest.mark.parametrize("form", ["dat", "compressed-tensors"])
+def test_a_trained_file_that_reads_otherwise_is_told(form, compose, tmp_path, monkeypatch):
+    """What was trained is loaded again whether goals are asked or not: an export that lost one layer's scales is no success."""
+    key = "model.layers.3.mlp.down_proj.weight"
+
+    def damaged(*args, **kwargs):
+        done = save_model(*args, **kwargs)
+        if form == "dat":
+            with DatFile.open(done.path) as file:
+                scale = file.entries[f"{key}.scale"]
+            with done.path.open("r+b") as f:
+                f.seek(scale.offset)
+                f.write(bytes([0x38]) * scale.nbytes)  # 1.0
+        else:
+            tensors = load_file(done.path / "model.safetensors")
+            tensors[f"{key}_global_scale"] /= 64
+            save_file(tensors, done.path / "model.safetensors", metadata={"format": "pt"})
+        return done
+
+    monkeypatch.setattr(tune, "save_model", damaged)
+    with pytest.raises(
+        UserError, match=r"out: reloaded, path A.infer gives other logits \(KL .*: this is a fault of the export"
+    ):
+        run(compose(*TRAIN, f"task.format={form}", f"task.output={tmp_path / 'out'}"))
+
+
 def test_element_types_of_a_trained_file_stay(compose, tmp_path):
     """The .dat file of a trained model has the entries of its source: keys, order, types, shapes."""
-    from fp4lab.checkpoint import DatFile
-
     run(compose(*TRAIN, f"task.output={tmp_path / 'out.dat'}"))
     with DatFile.open(SHIPPED) as a, DatFile.open(tmp_path / "out.dat") as b:
         assert [(e.key, e.elem_type, e.dims) for e in a.entries.values()] == [

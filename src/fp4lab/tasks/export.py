@@ -26,7 +26,7 @@ from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.model.qwen3 import Qwen3
 from fp4lab.nvfp4 import PackedTensor
 from fp4lab.tasks.meter import Phases
-from fp4lab.tasks.probe import difference, probe
+from fp4lab.tasks.probe import Seen, difference, probe
 from fp4lab.tasks.session import SHIPPED, Session, open_session
 
 
@@ -52,7 +52,24 @@ def run(config: dict[str, Any], emit: Emit) -> None:
     again = open_session(reloading(config, done), emit)
     after = probe(again, config["prompt"], "after", emit)
     again.dispose()
-    same = _is_same_model(config, done)
+    hold_against(before, after, dtype, activations, config, done, _is_same_model(config, done), emit)
+    phases.done("cleanup_done")
+
+
+def hold_against(
+    before: dict[str, Seen],
+    after: dict[str, Seen],
+    dtype: torch.dtype,
+    activations: str,
+    config: dict[str, Any],
+    done: Exported,
+    same: bool,
+    emit: Emit,
+) -> None:
+    """Reports how far each path's first token is from that of the model which was exported, `dtype` saying how exact both are.
+
+    Raises UserError where they are further apart although the file holds the `same` weights.
+    """
     said = []
     for path in sorted(before.keys() & after.keys()):
         found = difference(f"{path[0]}-{path[0]}", dtype, activations, before[path], after[path])
@@ -64,8 +81,18 @@ def run(config: dict[str, Any], emit: Emit) -> None:
                 "at most): this is a fault of the export; keep the source"
             )
         said.append(f"{path} KL {found.kl:.3g}")
-    emit(Note(topic="export", text=f"{done.path} loaded again, against the model before: {', '.join(said)}"))
-    phases.done("cleanup_done")
+    emit(Note(topic="reload", text=f"{done.path} loaded again, against the model before: {', '.join(said)}"))
+
+
+def trained_is_same(session: Session) -> bool:
+    """Whether what is trained is the same model to the rounding of the file's floats: no linear is quantised again on loading.
+
+    A tied head is, from the embedding's floats; so is an embedding that was packed, where the format has none.
+    """
+    task, weights = session.config["task"], session.config["weights"]
+    head = session.store.tied and task["format"] != "dat" and task["head"] != "nvfp4"
+    embedding = weights["embedding"] == "nvfp4" and task["format"] != "dat"
+    return task["format"] != "hf" and not head and not embedding
 
 
 def _is_same_model(config: dict[str, Any], done: Exported) -> bool:
