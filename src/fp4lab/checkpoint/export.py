@@ -148,7 +148,7 @@ def _fill(paths: list[Path], planned: Plan, weights: Weights, progress: Progress
             second.see(name, tensor)
             for key, value in planned.form.encode(name, tensor).items():
                 slot = where[key].layout.slots[key]
-                where[key].put(key, fitted(value, slot))
+                where[key].put(key, fitted(value, slot), cast=True)
                 done += slot.nbytes
             if progress is not None:
                 progress(done, total, name)

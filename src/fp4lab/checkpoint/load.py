@@ -132,7 +132,7 @@ def save_dat(
     with whole_file(path) as part, FileWriter(part, layout) as writer:
         for name, value in tensors.items():
             for key, t in form.encode(name, value).items():
-                writer.put(key, fitted(t, layout.slots[key]))
+                writer.put(key, fitted(t, layout.slots[key]), cast=True)
     return FileInfo("output", Path(path).resolve(), "dat")
 
 
