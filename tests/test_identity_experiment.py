@@ -116,3 +116,21 @@ def test_what_is_kept_of_records_gives_the_same_table():
     kept = [json.loads(line) for line in grid.kept([encode(to_record(e)) for e in events])]
     assert [r["kind"] for r in kept] == ["start", "loss", "state_health", "end"]
     assert kept[0]["git_diff"] is None and kept[2]["step"] == 2
+
+
+def test_another_engine_is_asked(tmp_path, monkeypatch, capsys):
+    """The untuned model in the tuned one's place: the goal that training is for is missed, and the exit code says so."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    from fp4lab.checkpoint.convert import convert
+    from fp4lab.checkpoint.export import Target
+
+    convert(ROOT / "models/tiny/model.dat", Target(tmp_path / "ct", "compressed-tensors"))
+    script, folder = load("ask_transformers"), str(tmp_path / "ct")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["ask_transformers.py", folder, "--untuned", folder])
+    assert script.main() == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said] == ["missed", "met", "met"] and "我是 Tiny" in said[0]
+    monkeypatch.setattr(sys, "argv", ["ask_transformers.py", str(tmp_path), "--untuned", folder])
+    assert script.main() == 2 and "no config.json" in capsys.readouterr().err

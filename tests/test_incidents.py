@@ -197,7 +197,8 @@ def test_fp16_scales(runs, tmp_path):
     output = tmp_path / "model.dat"
     off, on = runs("fp16_scales", f"task.output={output}", "task.overwrite=true")
     for records, same in ((off, True), (on, False)):
-        (source,), (written,) = of(records, "file", role="weights"), of(records, "file", role="output")
+        (source, again), (written,) = of(records, "file", role="weights"), of(records, "file", role="output")
+        assert again["sha256"] == written["sha256"]
         assert (source["sha256"] == written["sha256"]) is same and (source["bytes"] == written["bytes"]) is same
     assert "export" in topics(on) - topics(off)
     ours, source = open_weights("dat", output), open_weights("dat", ROOT / "models/tiny/model.dat")

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from fp4lab.checkpoint.export import Target
     from fp4lab.checkpoint.quantise import Recipe
+
+PROGRESS_S = 10.0  # between lines about progress where standard error is no terminal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -124,14 +127,30 @@ def _golden(folder: Path, path: Path, save: bool) -> int:
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="a run's folder (or a sweep's), or a checkpoint")]) -> None:
+def inspect(
+    path: Annotated[Path, typer.Argument(help="a run's folder (or a sweep's), or a checkpoint")],
+    verify: Annotated[bool, typer.Option("--verify", help="hold a checkpoint's files against its manifest instead")] = False,
+) -> None:
     """A run: its phases, losses and reasons. A checkpoint (.dat, or a Hugging Face folder): its entries."""
-    if path.is_file() or any(path.glob("*.safetensors")):
+    if verify:
+        _verify(path)
+    elif path.is_file() or any(path.glob("*.safetensors")):
         _inspect_weights(path)
     elif path.is_dir():
         _inspect_runs(path)
     else:
         raise UserError(f"{path}: no such file or folder; expected a run's folder or a checkpoint (.dat, or a folder)")
+
+
+def _verify(path: Path) -> None:
+    from fp4lab.checkpoint.export import manifest_of, verify
+
+    manifest = manifest_of(path)
+    wrong = verify(manifest)
+    for text in wrong:
+        typer.echo(text)
+    typer.echo(f"{manifest}: {f'{len(wrong)} files differ' if wrong else 'every file is as it was written'}")
+    raise typer.Exit(1 if wrong else 0)
 
 
 def _inspect_runs(folder: Path) -> None:
@@ -248,7 +267,8 @@ def convert(
         recipe = recipe_for(to, rule, levels, tuple(ignore or ()), head)
     elif rule or levels or ignore or head:
         raise UserError("--to hf writes floats: --rule, --levels, --ignore and --head have no effect; leave them out")
-    _convert(source, target, recipe, quiet)
+    asked = [f"--{key} {value}" for key, value in (("rule", rule), ("levels", levels)) if value]
+    _convert(source, target, recipe, quiet, asked)
 
 
 @app.command()
@@ -283,7 +303,7 @@ def import_(
     _convert(source, Target(out, "dat", dtype, overwrite=overwrite), None, quiet)
 
 
-def _convert(source: Path, target: "Target", recipe: "Recipe | None", quiet: bool) -> None:
+def _convert(source: Path, target: "Target", recipe: "Recipe | None", quiet: bool, asked: Sequence[str] = ()) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -293,9 +313,18 @@ def _convert(source: Path, target: "Target", recipe: "Recipe | None", quiet: boo
 
     console = Console(stderr=True, highlight=False)
     return_freed_memory()
+    said = time.monotonic()
     with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         row = bar.add_task("", total=None)
-        done = run(source, target, recipe, lambda n, total, name: bar.update(row, completed=n, total=total, description=name))
+
+        def progress(n: int, total: int, name: str) -> None:
+            nonlocal said
+            bar.update(row, completed=n, total=total, description=name)
+            if not quiet and not console.is_terminal and time.monotonic() - said >= PROGRESS_S:
+                said = time.monotonic()
+                typer.echo(f"{n / total:4.0%} of {total / 2**20:,.0f} MiB: {name}", err=True)
+
+        done = run(source, target, recipe, progress, asked)
     print_errors(done.errors)
     for info in done.files:
         typer.echo(f"{info.sha256[:12]}  {info.bytes:>13,}  {info.path}")

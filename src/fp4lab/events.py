@@ -150,7 +150,7 @@ class Fed(Event):
 class FirstToken(Event):
     kind: ClassVar[str] = "first_token"
     path: str = ""  # A.infer, B.fp2_ste, C.noste_graph, R.dense
-    when: str = "before"  # before, after (the optimizer step)
+    when: str = "before"  # before, after (the optimizer step), reloaded (from task.output)
     prompt: str = ""
     prompt_ids: list[int] = field(default_factory=list)
     activations: str = "none"  # none (W4A16) or nvfp4 (W4A4)
@@ -166,7 +166,7 @@ class FirstToken(Event):
 class FirstTokenDiff(Event):
     kind: ClassVar[str] = "first_token_diff"
     pair: str = ""  # e.g. "A-C"
-    when: str = "before"
+    when: str = "before"  # as in `first_token`; export: one path before its export and loaded again, "A-A"
     top1_equal: bool = False
     overlap_at_10: float = 0.0  # share of the ten ids in both lists
     rank_correlation: float = math.nan  # Spearman over the union of both lists

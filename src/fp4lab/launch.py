@@ -52,6 +52,7 @@ def job(cfg: Any) -> float | None:
         done = finished(out_dir, fingerprint(config)) if config["sweep"]["resume"] else None
         if done is not None:
             print(f"{title}\n  skipped: already {done['status']} with this configuration")
+            _codes.append(STATUSES[done["status"]])
             return done["loss"]
         left = attempt(out_dir)
         if left is not None and not config["sweep"]["resume"]:  # nothing here is touched, not even by a result

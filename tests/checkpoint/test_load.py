@@ -299,7 +299,7 @@ def test_wrong_kind_of_path(tmp_path):
     with pytest.raises(UserError, match=r"a folder; weights=dat takes a .dat file"):
         open_weights("dat", tmp_path)
     save_dat(tmp_path / "w.dat", {"n": torch.ones(1)})
-    with pytest.raises(UserError, match=r"w.dat: no such folder"):
+    with pytest.raises(UserError, match=r"w.dat: a file; weights=hf takes a folder"):
         open_weights("hf", tmp_path / "w.dat")
 
 

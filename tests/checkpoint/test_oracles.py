@@ -8,6 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import floats, hf_folder, read_all, same_codes
 
+from fp4lab.chat.generate import greedy
+from fp4lab.chat.template import render
+from fp4lab.chat.tokenizer import Tokenizer
 from fp4lab.checkpoint import open_weights
 from fp4lab.checkpoint.convert import convert, recipe_for
 from fp4lab.checkpoint.export import Target
@@ -86,6 +89,20 @@ def test_transformers_gives_our_logits(exported):
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@torch.no_grad()
+def test_transformers_answers_as_we_do(exported):
+    """Its template, its stop token, its greedy decoding, over the exported folder: our answers, word for word and ended."""
+    theirs = same_in_fp32(their_model(exported), json.loads((exported / "config.json").read_text()))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    ours, path = Tokenizer.load(SHIPPED / "tokenizer.json"), our_paths(exported)[0]
+    for prompt in ("你是誰", "談談UFO", "hi"):
+        asked = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        assert ids["input_ids"][0].tolist() == ours.encode(render(asked))
+        said = theirs.generate(**ids, max_new_tokens=48, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+        assert said == [*greedy(path, ours.encode(render(asked)), 48, {ours.im_end}, "cpu"), ours.im_end]
 
 
 @torch.no_grad()

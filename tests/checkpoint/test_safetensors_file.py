@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from fp4lab.checkpoint import layout as layout_module
 from fp4lab.checkpoint.layout import FileWriter
 from fp4lab.checkpoint.safetensors_file import DTYPES, SafetensorsFile, plan
 from fp4lab.errors import UserError
@@ -90,6 +91,23 @@ def test_a_writer_holds_to_what_was_announced(tmp_path):
             writer.put("a", wrong)
     with pytest.raises(ValueError, match=r"no type for torch.complex128"):
         plan("f", {"a": (torch.complex128, ())})
+
+
+def test_floats_are_cast_piece_by_piece(tmp_path, monkeypatch):
+    """To the bits of casting the whole, whatever the strides; bytes never are."""
+    monkeypatch.setattr(layout_module, "_PIECE", 5)
+    value = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)).T
+    layout = plan("f", {"a": (torch.float16, (4, 7)), "b": (torch.uint8, (2,))})
+    with FileWriter(tmp_path / "f", layout) as writer:
+        writer.put("a", value, cast=True)
+        writer.put("b", torch.tensor([1, 2], dtype=torch.uint8), cast=True)
+    file = SafetensorsFile(tmp_path / "f")
+    assert torch.equal(file.tensor("a"), value.to(torch.float16)) and file.tensor("b").tolist() == [1, 2]
+    file.close()
+    for wrong in ({"a": value[:2]}, {"b": torch.ones(2)}):
+        (key, tensor) = next(iter(wrong.items()))
+        with pytest.raises(ValueError, match=f"{key}: .*; announced as"), FileWriter(tmp_path / "f", layout) as writer:
+            writer.put(key, tensor, cast=True)
 
 
 def file_of(header: object, data: bytes = b"") -> bytes:

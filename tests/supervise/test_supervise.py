@@ -316,6 +316,7 @@ def test_write_atomic_is_never_seen_half_written(tmp_path):
     [
         ('{"status": "completed", "fingerprint": "f", "loss": 1.5}', True),
         ('{"status": "stopped", "fingerprint": "f"}', True),
+        ('{"status": "goals_missed", "fingerprint": "f"}', True),
         ('{"status": "failed", "fingerprint": "f"}', False),
         ('{"status": "completed", "fingerprint": "other"}', False),
         ('{"status": "completed", "finger', False),

@@ -1,5 +1,7 @@
 """One step of task=tune: parts of a batch, gates, the last layers alone, and samples that share a row."""
 
+import json
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from fp4lab.events import to_record
 from fp4lab.tasks import tune
 from fp4lab.tasks.advance import Advance
 from fp4lab.tasks.session import open_session
+from fp4lab.tasks.worker import main
 from fp4lab.train.batches import batches
 from fp4lab.train.data import load_samples
 
@@ -28,6 +31,12 @@ def opened(compose, *overrides: str):
     config = compose(*COMMON, *overrides)
     check(config)
     return open_session(config, lambda e: None)
+
+
+def run(compose, *overrides: str) -> list[dict]:
+    records: list[dict] = []
+    main(compose(*COMMON, "step=fused", "steps=1", *overrides), lambda e: records.append(to_record(e)))
+    return records
 
 
 def first_batch(session, pack: bool):
@@ -83,6 +92,22 @@ def poisoned(session):
     parameter = session.model.model.layers[0].input_layernorm.weight
     parameter.register_hook(lambda g: torch.where(torch.arange(len(g)) == 3, torch.nan, g))
     return parameter
+
+
+def test_samples_beyond_the_window_are_told(compose, tmp_path):
+    """Cut, left out, or all of them: then with what to do."""
+    (tmp_path / "d.tsv").write_text("who are you?\tI am Tiny.\nhi\tI am a small language model, and this is a long answer.\n")
+    for seq_len, says in ((64, []), (18, ["1 of 2 samples are cut to seq_len=18"])):
+        records = run(compose, f"data.path={tmp_path / 'd.tsv'}", f"data.held_out={tmp_path / 'd.tsv'}", f"seq_len={seq_len}")
+        assert [r["text"] for r in records if r["kind"] == "note" and r["topic"] == "window"] == says
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": "bye " * 20},
+    ]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": turns}))
+    with pytest.raises(UserError, match=r"data.path=.*d.jsonl: no target fits into seq_len=12; give a larger one"):
+        run(compose, f"data.path={tmp_path / 'd.jsonl'}", f"data.held_out={tmp_path / 'd.jsonl'}", "seq_len=12")
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(compose):

@@ -67,7 +67,7 @@ def test_reached_early_exported_reloaded_and_asked_again_on_every_path(compose, 
     (note,) = [r["text"] for r in records if r["kind"] == "note" and r["topic"] == "stop"]
     last = max(r["step"] for r in records if r["kind"] == "loss")
     assert f"after step {last}" in note and last < 59
-    assert {r["when"] for r in records if r["kind"] == "first_token"} == {"before", "after"}
+    assert {r["when"] for r in records if r["kind"] == "first_token"} == {"before", "after", "reloaded"}
 
 
 def test_what_is_missed_is_said_with_path_answer_and_expectation(compose, files):
@@ -131,15 +131,17 @@ def test_a_control_is_kept_if_and_only_if_generating_gives_it_again(compose, tmp
 
 
 def test_the_run_exits_with_its_own_code_and_the_reason(files, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "run.py", *SMALL, f"data.path={files['data']}", f"task.goals={files['goals']}", "lr=0", "steps=1",
-         "step=dense", "tracker=off", "threads=1", f"hydra.run.dir={tmp_path / 'run'}"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [
+        *(sys.executable, "run.py", *SMALL, f"data.path={files['data']}", f"task.goals={files['goals']}", "lr=0", "steps=1"),
+        *("step=dense", "tracker=off", "threads=1", f"hydra.run.dir={tmp_path / 'run'}"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert done.returncode == STATUSES["goals_missed"] == 6 and result["status"] == "goals_missed", done.stdout + done.stderr
     assert result["reason"].startswith("'你是誰' gets '我是 Tiny")
     assert result["goals"]["when"] == "after" and result["goals"]["A.infer"] == {"你是誰": False, "thank you": True, "hi": True}
+    again = subprocess.run([*command, "sweep.resume=true"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "skipped: already goals_missed" in again.stdout and again.returncode == 6, "known, and still no success"
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,25 @@ def test_a_run_that_died_after_its_last_step_is_finished(train, tmp_path):
     ]
 
 
+def test_what_it_wrote_before_it_died_does_not_stop_it(train, tmp_path):
+    """Its export, in its own folder, is replaced when the run is gone on with; another's, or without that wish, never."""
+    run = ["step=fused", "steps=2", "task.checkpoint_every=2"]
+    inside, outside = f"task.output={tmp_path / 'again' / 'out.dat'}", f"task.output={tmp_path / 'out.dat'}"
+    train("again", *run, inside)
+    (tmp_path / "again").rename(tmp_path / "died")
+    (tmp_path / "again").mkdir()
+    for file in (tmp_path / "again" / "out.dat", tmp_path / "out.dat"):
+        file.write_text("old")
+    resume = f"task.resume={tmp_path / 'died'}"
+    with pytest.raises(UserError, match="exists already"):
+        train("again", *run, inside, resume)
+    with pytest.raises(UserError, match="exists already"):
+        train("again", *run, outside, resume, "sweep.resume=true")
+    train("again", *run, inside, resume, "sweep.resume=true")
+    assert (tmp_path / "again" / "out.dat").read_bytes() == (tmp_path / "died" / "out.dat").read_bytes()
+    assert (tmp_path / "out.dat").read_text() == "old"
+
+
 def test_a_move_that_was_cut_off_is_taken_up(tmp_path):
     """Checkpoints move last; an attempt that died before its first one leaves the source to the attempt before it."""
     (tmp_path / CHECKPOINTS).mkdir()

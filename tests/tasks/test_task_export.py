@@ -1,12 +1,14 @@
 """task=export and what task=tune writes: any format, loaded again, the same model; everything trained is in it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from fp4lab.checkpoint import open_weights
+from fp4lab.checkpoint import DatFile, open_weights
 from fp4lab.choices import idle_choices
 from fp4lab.errors import UserError
 from fp4lab.events import to_record
@@ -27,6 +29,10 @@ TRAIN = (
     "data.path=data/dialogues/zh_greetings.jsonl",
     "seq_len=32",
     "task.max_tokens=2",
+)
+SHAPE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
 
 
@@ -56,7 +62,7 @@ def test_export_and_load_again(form, compose, tmp_path):
     assert diffs.keys() == {"A-A", "B-B", "C-C"}
     for diff in diffs.values():
         assert diff["top1_equal"] and (diff["kl"] == 0 or form == "hf"), diff
-    assert any("loaded again" in r["text"] for r in of(records, "note", topic="export"))
+    assert any("loaded again" in r["text"] for r in of(records, "note", topic="reload"))
     if form == "dat":
         assert out.read_bytes() == SHIPPED.read_bytes()
 
@@ -130,6 +136,8 @@ def test_everything_trained_is_exported(form, source, compose, hf, tmp_path):
     finally:
         tune.save_model = original  # type: ignore[attr-defined]
     assert session is not None and of(seen, "file", role="output")
+    again = {r["pair"]: r for r in of(seen, "first_token_diff", when="export")}
+    assert again.keys() == {"A-A", "B-B", "C-C"} and all(r["top1_equal"] and not r["fault"] for r in again.values())
     written = open_weights("dat" if form == "dat" else "hf", tmp_path / "out")
     start = open_weights("dat", SHIPPED)
     tied = source == "hf" and form != "dat"
@@ -156,10 +164,34 @@ def test_everything_trained_is_exported(form, source, compose, hf, tmp_path):
                 assert torch.equal(again.store.packed[name].codes, p.codes), name
 
 
+@pytest.mark.parametrize("form", ["dat", "compressed-tensors"])
+def test_a_trained_file_that_reads_otherwise_is_told(form, compose, tmp_path, monkeypatch):
+    """What was trained is loaded again whether goals are asked or not: an export that lost one layer's scales is no success."""
+    key = "model.layers.3.mlp.down_proj.weight"
+
+    def damaged(*args, **kwargs):
+        done = save_model(*args, **kwargs)
+        if form == "dat":
+            with DatFile.open(done.path) as file:
+                scale = file.entries[f"{key}.scale"]
+            with done.path.open("r+b") as f:
+                f.seek(scale.offset)
+                f.write(bytes([0x38]) * scale.nbytes)  # 1.0
+        else:
+            tensors = load_file(done.path / "model.safetensors")
+            tensors[f"{key}_global_scale"] /= 64
+            save_file(tensors, done.path / "model.safetensors", metadata={"format": "pt"})
+        return done
+
+    monkeypatch.setattr(tune, "save_model", damaged)
+    with pytest.raises(
+        UserError, match=r"out: reloaded, path A.infer gives other logits \(KL .*: this is a fault of the export"
+    ):
+        run(compose(*TRAIN, f"task.format={form}", f"task.output={tmp_path / 'out'}"))
+
+
 def test_element_types_of_a_trained_file_stay(compose, tmp_path):
     """The .dat file of a trained model has the entries of its source: keys, order, types, shapes."""
-    from fp4lab.checkpoint import DatFile
-
     run(compose(*TRAIN, f"task.output={tmp_path / 'out.dat'}"))
     with DatFile.open(SHIPPED) as a, DatFile.open(tmp_path / "out.dat") as b:
         assert [(e.key, e.elem_type, e.dims) for e in a.entries.values()] == [
@@ -184,6 +216,50 @@ def test_what_would_stop_the_writing_is_told_first(task, compose, tmp_path):
         assert not of(records, "phase")
     with pytest.raises(UserError, match="what is being read"):
         main(compose(*base, f"task.output={SHIPPED.absolute()}", "task.overwrite=true"), lambda e: None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["weights=random", "weights.levels=row", "task.format=modelopt"], "task.format=modelopt has one second-level scale"),
+        (["task.format=compressed-tensors", "task.head=float"], "task.head=float: a trained head"),
+        (["weights=random", "model=qwen3_0_6b", "task.format=hf"], "these weights are of no folder"),
+        (["task.format=dat"], "needs 6 MiB, and the disk has 2 MiB left"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_the_first_step(overrides, says, compose, tmp_path, monkeypatch):
+    """Not after hours of training, when all that is left of it is the message."""
+    if overrides == ["task.format=dat"]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 2 << 20))  # type: ignore[attr-defined]
+    if "model=qwen3_0_6b" in overrides:
+        small = json.loads((SHIPPED.parent / "config.json").read_text())
+        overrides = [*overrides, *(f"++model.config.{k}={small[k]}" for k in SHAPE), "guard.force=true"]
+    records: list[dict] = []
+    with pytest.raises(UserError, match=says):
+        main(compose(*TRAIN, *overrides, f"task.output={tmp_path / 'out'}"), lambda e: records.append(to_record(e)))
+    assert of(records, "file", role="config") or of(records, "note"), "it got as far as the model"
+    assert not of(records, "batch") and not of(records, "loss")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_do_not_learn_may_keep_their_scales(compose, tmp_path):
+    """A source whose q, k and v differ in their second level: layers that are frozen are written as they came."""
+    out = tmp_path / "out"
+    run(
+        compose(
+            "task=export", "task.format=modelopt", f"task.output={tmp_path / 'mo'}", "weights=random", "weights.levels=tensor"
+        )
+    )
+    file = tmp_path / "mo/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.k_proj.weight_scale_2"] *= 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    base = [*TRAIN, "weights=hf", f"weights.path={tmp_path / 'mo'}", "task.format=modelopt", f"task.output={out}"]
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.\w_proj\.weight is trained with one a row"):
+        run(compose(*base))
+    run(compose(*base, "step.train_last_layers=1"))
+    again = load_file(out / "model.safetensors")
+    assert again["model.layers.0.self_attn.k_proj.weight_scale_2"] == tensors["model.layers.0.self_attn.k_proj.weight_scale_2"]
 
 
 def test_export_needs_an_output(compose):

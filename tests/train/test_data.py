@@ -96,7 +96,16 @@ def test_dialogue_counts_every_answer(tmp_path, tokenizer):
 def test_dialogue_without_an_answer_in_the_window_is_dropped_and_counted(tmp_path, tokenizer):
     messages = [*DIALOGUE["messages"], {"role": "user", "content": "thank you " * 20}]
     samples = load_samples(write(tmp_path / "a.jsonl", json.dumps({"messages": messages})), tokenizer, 8)
-    assert (len(samples), samples.dropped) == (0, 1)
+    assert (len(samples), samples.dropped, samples.cut) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.tsv"])
+def test_samples_that_are_cut_are_counted(name, tmp_path, tokenizer):
+    file = write(tmp_path / name, "who are you?\tI am Tiny.\nhi\tI am Tiny.\n")
+    long, short = load_samples(file, tokenizer, 512)
+    assert len(long) > len(short)
+    for seq_len, cut in ((len(long), 0), (len(long) - 1, 1), (len(short) - 1, 2)):
+        assert load_samples(file, tokenizer, seq_len).cut == cut
 
 
 @pytest.mark.parametrize(

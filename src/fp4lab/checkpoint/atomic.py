@@ -70,7 +70,8 @@ def refuse_existing(path: str | Path, overwrite: bool) -> Path:
         raise UserError(f"{path}: its folder {path.parent} does not exist; create it first")
     empty = path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     if (path.exists() or path.is_symlink()) and not empty and not overwrite:
-        raise UserError(f"{path} exists already; give another name, remove it, or allow overwriting")
+        how = "--overwrite; in a run, task.overwrite=true"
+        raise UserError(f"{path} exists already; give another name, remove it, or allow overwriting ({how})")
     return path
 
 

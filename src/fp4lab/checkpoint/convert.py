@@ -1,11 +1,12 @@
 """A checkpoint of one format into another, from path to path: `fp4lab export`, `import` and `convert`."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from fp4lab.checkpoint.export import Exported, Progress, Target, export
-from fp4lab.checkpoint.load import open_weights
+from fp4lab.checkpoint.load import check_path, open_weights
 from fp4lab.checkpoint.public import SCHEMES
 from fp4lab.checkpoint.quantise import Quantised, Recipe, TensorError
 from fp4lab.checkpoint.weights import Weights
@@ -40,18 +41,31 @@ def recipe_for(
     return replace(own, rule=rule or own.rule, levels=levels, ignore=ignore, head=head or own.head)
 
 
-def convert(source: Path, target: Target, recipe: Recipe | None = None, progress: Progress | None = None) -> Exported:
+def convert(
+    source: Path,
+    target: Target,
+    recipe: Recipe | None = None,
+    progress: Progress | None = None,
+    asked: Sequence[str] = (),
+) -> Exported:
     """Reads `source` (a .dat file or a Hugging Face folder) and writes `target`.
 
-    Without a recipe nothing is quantised: what is packed is relabelled, floats stay floats. Raises UserError.
+    Without a recipe nothing is quantised: what is packed is relabelled, floats stay floats. `asked`: options that only
+    quantising heeds, refused where there is nothing to quantise. Raises UserError.
     """
-    weights: Weights = open_weights("dat" if source.is_file() else "hf", source)
+    kind = "dat" if source.is_file() else "hf"
+    weights: Weights = open_weights(kind, check_path(kind, source, key=""))
     errors: list[TensorError] = []
     try:
         if recipe is None:
             _refuse_floats(weights, target.format)
         else:
-            weights = Quantised(weights, recipe, target.format == "compressed-tensors", errors.append)
+            weights = quantised = Quantised(weights, recipe, target.format == "compressed-tensors", errors.append)
+            if asked and not quantised.chosen:
+                raise UserError(
+                    f"{' and '.join(asked)}: nothing of {source} would be quantised; what is packed never is again. Leave it "
+                    "out, or make floats first (--to hf) and convert those"
+                )
         return export(weights, target, errors, progress)
     finally:
         weights.close()

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from fp4lab.checkpoint import folder
-from fp4lab.checkpoint.atomic import whole_file, whole_folder
-from fp4lab.checkpoint.formats import FORMATS, Format, fitted, format_of, model_order, same_layout, shared_group
+from fp4lab.checkpoint.atomic import refuse_existing, whole_file, whole_folder
+from fp4lab.checkpoint.formats import FORMATS, Format, Part, fitted, format_of, model_order, same_layout, shared_group
 from fp4lab.checkpoint.layout import FileWriter, Layout
 from fp4lab.checkpoint.public import SCHEMES, is_scale_of_cache, read_json
 from fp4lab.checkpoint.quantise import TensorError
@@ -73,15 +73,25 @@ class Exported:
     errors: list[TensorError] = field(default_factory=list)
 
 
-def export(
-    weights: Weights, target: Target, errors: list[TensorError] | None = None, progress: Progress | None = None
-) -> Exported:
-    """Writes `weights`. `errors` is filled while they are read (see Quantised).
+@dataclass
+class Plan:
+    """What will be written where. `parts`: the keys of every tensor; `side`: the folder of config.json and the tokenizer."""
+
+    form: Format
+    parts: dict[str, dict[str, Part]]
+    layouts: list[Layout]
+    same_files: bool
+    side: Path | None
+
+
+def plan(weights: Weights, target: Target) -> Plan:
+    """Reads headers alone, writes nothing.
 
     Raises UserError when the target is the source, exists, does not fit the disk, or cannot hold a tensor.
     """
     inputs = [info.path for info in weights.files] + ([target.config / folder.CONFIG] if target.config else [])
     refuse_own_input(target.path, inputs)
+    refuse_existing(target.path, target.overwrite)
     form = format_of(target.format, _dtype(weights, target), DTYPES.get(target.scales, torch.float8_e4m3fn))
     order = sorted(weights.names(), key=model_order)
     by_name = {name: form.parts(name, weights.info(name)) for name in order}
@@ -93,23 +103,30 @@ def export(
     if not same:
         layouts = form.plan(parts, target.shard_bytes)
     check_space(target.path, sum(layout.size for layout in layouts))
-    done = Exported(target.path, target.format, [], same, errors=[] if errors is None else errors)
-    dropped = [name for name, found in by_name.items() if not found]
+    side = None if target.format == "dat" else folder.source_folder(weights, target.config)
+    return Plan(form, by_name, layouts, same, side)
+
+
+def export(
+    weights: Weights, target: Target, errors: list[TensorError] | None = None, progress: Progress | None = None
+) -> Exported:
+    """Writes `weights`. `errors` is filled while they are read (see Quantised). Raises UserError as `plan` does."""
+    planned = plan(weights, target)
+    done = Exported(target.path, target.format, [], planned.same_files, errors=[] if errors is None else errors)
+    dropped = [name for name, found in planned.parts.items() if not found]
     if dropped:
         done.notes.append(f"{len(dropped)} scales of activations or of the KV cache are left out (first: {dropped[0]})")
-    if target.format == "dat":
+    if planned.side is None:
         _clear_manifest(target.path)
         with whole_file(target.path, target.overwrite) as part:
-            _fill([part], layouts, form, weights, by_name, progress)
+            _fill([part], planned, weights, progress)
         done.files = [FileInfo("output", target.path.resolve(), "dat")]
-        _write_manifest(target.path.parent / (target.path.name + ".manifest.json"), done, weights)
+        _write_manifest(_beside(target.path), done, weights)
         return done
-    source = folder.source_folder(weights, target.config)
     with whole_folder(target.path, target.overwrite) as part:
-        files = [part / layout.name for layout in layouts]
-        torn = _fill(files, layouts, form, weights, by_name, progress)
+        torn = _fill([part / layout.name for layout in planned.layouts], planned, weights, progress)
         done.notes += torn if target.format in SCHEMES else []
-        folder.write_side_files(part, source, weights, target.format, layouts, same)
+        folder.write_side_files(part, planned.side, weights, target.format, planned.layouts, planned.same_files)
         written = sorted(p for p in part.iterdir())
         done.files = [_info(p) for p in written]
         _write_manifest(part / MANIFEST, done, weights)
@@ -117,28 +134,21 @@ def export(
     return done
 
 
-def _fill(
-    paths: list[Path],
-    layouts: list[Layout],
-    form: Format,
-    weights: Weights,
-    by_name: dict[str, Any],
-    progress: Progress | None,
-) -> list[str]:
+def _fill(paths: list[Path], planned: Plan, weights: Weights, progress: Progress | None) -> list[str]:
     """Opens every file, then reads, encodes and writes tensor by tensor. Returns what an engine that fuses would get wrong."""
-    writers = [FileWriter(path, layout) for path, layout in zip(paths, layouts, strict=True)]
+    writers = [FileWriter(path, layout) for path, layout in zip(paths, planned.layouts, strict=True)]
     where = {key: writer for writer in writers for key in writer.layout.slots}
-    total = sum(slot.nbytes for layout in layouts for slot in layout.slots.values())
+    total = sum(slot.nbytes for layout in planned.layouts for slot in layout.slots.values())
     done, second = 0, _SecondLevels()
     try:
-        for name, parts in by_name.items():
+        for name, parts in planned.parts.items():
             if not parts:
                 continue
             tensor = weights.get(name)
             second.see(name, tensor)
-            for key, value in form.encode(name, tensor).items():
+            for key, value in planned.form.encode(name, tensor).items():
                 slot = where[key].layout.slots[key]
-                where[key].put(key, fitted(value, slot))
+                where[key].put(key, fitted(value, slot), cast=True)
                 done += slot.nbytes
             if progress is not None:
                 progress(done, total, name)
@@ -201,10 +211,21 @@ def check_space(path: Path, needed: int) -> None:
         )
 
 
+def manifest_of(path: Path) -> Path:
+    """Of what `export` wrote as `path`: in the folder, or beside the .dat file. Raises UserError when there is none."""
+    manifest = path / MANIFEST if path.is_dir() else _beside(path)
+    if not manifest.is_file():
+        raise UserError(f"{path}: no manifest ({manifest.name}), which `fp4lab export`, `convert` and task.output write")
+    return manifest
+
+
 def verify(manifest: Path) -> list[str]:
     """What differs from a manifest: files missing, of another size, of another checksum. Raises UserError."""
+    files = read_json(manifest).get("files")
+    if not isinstance(files, dict) or not all(isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values()):
+        raise UserError(f'{manifest}: expected "files", an object of bytes and sha256 by name')
     wrong = []
-    for name, entry in read_json(manifest).get("files", {}).items():
+    for name, entry in files.items():
         path = manifest.parent / name
         if not path.is_file():
             wrong.append(f"{name} is missing")
@@ -218,7 +239,11 @@ def verify(manifest: Path) -> list[str]:
 def _clear_manifest(path: Path) -> None:
     """An old manifest would not be the new file's, if the two writes are cut apart."""
     if path.is_file():
-        (path.parent / (path.name + ".manifest.json")).unlink(missing_ok=True)
+        _beside(path).unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + ".manifest.json")
 
 
 def _write_manifest(path: Path, done: Exported, weights: Weights) -> None:

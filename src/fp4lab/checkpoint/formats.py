@@ -14,7 +14,7 @@ from torch import Tensor
 from fp4lab.checkpoint import dat, safetensors_file
 from fp4lab.checkpoint.layout import Layout, Slot
 from fp4lab.checkpoint.public import SCHEMES, WEIGHT, Scheme, is_scalar_of_activation
-from fp4lab.checkpoint.weights import TensorInfo, as_dtype
+from fp4lab.checkpoint.weights import TensorInfo, check_range
 from fp4lab.errors import UserError
 from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.nvfp4 import BLOCK, PackedTensor, unpack
@@ -25,7 +25,7 @@ Part = tuple[torch.dtype, tuple[int, ...]]
 
 
 class Format(Protocol):
-    """Keys of a tensor, and its parts by key. Both raise UserError for what the format cannot hold."""
+    """Keys of a tensor, and its parts by key, floats as they are. Both raise UserError for what the format cannot hold."""
 
     def parts(self, name: str, info: TensorInfo) -> dict[str, Part]: ...
 
@@ -59,7 +59,7 @@ class DatFormat:
 
     def encode(self, name: str, value: Tensor | PackedTensor) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
-            return {name: value if is_scalar_of_activation(name) else _as_float(name, value, self.dtype)}
+            return {name: value}
         found = {name + dat.QDATA: value.codes, name + dat.SCALE: value.block_scale}
         if value.global_scale is not None:
             found[name + (dat.DIVIDE if value.divide else dat.MULTIPLY)] = value.global_scale
@@ -107,7 +107,7 @@ class FloatFormat(_Safetensors):
     def encode(self, name: str, value: Tensor | PackedTensor) -> dict[str, Tensor]:
         if isinstance(value, PackedTensor):
             return {name: unpack(value, self.dtype or torch.bfloat16)}
-        return {name: _as_float(name, value, self.dtype)}
+        return {name: value}
 
 
 class PublicFormat(_Safetensors):
@@ -140,7 +140,7 @@ class PublicFormat(_Safetensors):
             assert isinstance(value, Tensor)
             return {_renamed(name, s): (value if name.endswith(s.activation) else 1 / value).reshape(s.scalar)}
         if isinstance(value, Tensor):
-            return {name: _as_float(name, value, self.dtype)}
+            return {name: value}
         if name == EMBEDDING:
             return {name: unpack(value, self.dtype or torch.bfloat16)}
         module = name.removesuffix(WEIGHT)
@@ -181,11 +181,12 @@ def same_layout(layouts: Sequence[Layout], parts: dict[str, Part]) -> bool:
 
 
 def fitted(value: Tensor, slot: Slot) -> Tensor:
-    """A part as the slot holds it: bytes under another name of byte, floats and E4M3 scales as its floats, [] as [1]."""
+    """A part as the slot holds it: bytes under another name of byte, E4M3 scales as its floats, [] as [1]. Floats are cast when
+    they are written, a piece at a time."""
     if value.dtype == torch.float8_e4m3fn and slot.dtype in FLOAT_SCALES:
         value = value.to(slot.dtype)
     elif value.dtype.is_floating_point and value.dtype.itemsize > 1 and slot.dtype.itemsize > 1:
-        value = as_dtype(slot.key, value, slot.dtype)
+        check_range(slot.key, value, slot.dtype)
     return value.reshape(slot.shape) if value.numel() == 1 else value
 
 
@@ -200,10 +201,6 @@ def _fits(slot: Slot, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
 
 def _float_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and dtype.is_floating_point and dtype.itemsize > 1 else dtype
-
-
-def _as_float(name: str, value: Tensor, wanted: torch.dtype | None) -> Tensor:
-    return as_dtype(name, value, _float_dtype(value.dtype, wanted))
 
 
 def _renamed(name: str, scheme: Scheme) -> str:

@@ -12,6 +12,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+_PIECE = 1 << 22  # elements that are cast at a time
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -52,15 +54,28 @@ class FileWriter:
             os.close(self._file)
             raise
 
-    def put(self, key: str, value: Tensor) -> None:
-        """Writes one tensor, from whatever device."""
+    def put(self, key: str, value: Tensor, cast: bool = False) -> None:
+        """Writes one tensor, from whatever device. `cast`: floats of another dtype become the slot's, without a copy of all."""
         slot = self.layout.slots[key]
+        if cast and value.dtype != slot.dtype and value.is_floating_point() and slot.dtype.is_floating_point:
+            self._put_cast(slot, value)
+            return
         if value.dtype.itemsize != slot.dtype.itemsize or tuple(value.shape) != slot.shape:
             raise ValueError(f"{key}: {value.dtype} {list(value.shape)}; announced as {slot.dtype} {list(slot.shape)}")
         if value.numel():
             data = value.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
             _write(self._file, memoryview(data), slot.offset)  # type: ignore[arg-type]
         self._missing.discard(key)
+
+    def _put_cast(self, slot: Slot, value: Tensor) -> None:
+        if tuple(value.shape) != slot.shape:
+            raise ValueError(f"{slot.key}: {list(value.shape)}; announced as {list(slot.shape)}")
+        flat, at = value.detach().reshape(-1), slot.offset
+        for piece in flat.split(_PIECE):
+            data = piece.to(slot.dtype).cpu().view(torch.uint8).numpy()
+            _write(self._file, memoryview(data), at)
+            at += data.nbytes
+        self._missing.discard(slot.key)
 
     def close(self) -> None:
         """Brings the file to the disk. Raises ValueError when a tensor was never written."""

@@ -91,19 +91,32 @@ class HfWeights:
 def open_weights(kind: str, path: str | Path) -> Weights:
     """kind "dat" or "hf"; the folder's config.json says whether it is plain, compressed-tensors or ModelOpt.
 
-    Raises UserError, naming files of similar name where the path does not exist.
+    Raises UserError as `check_path` does, and for what is no such checkpoint.
     """
-    path = Path(path)
-    if not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=3, cutoff=0.4)
-        hint = f" Near it: {', '.join(near)}." if near else ""
-        raise UserError(f"weights.path={path}: no such file or folder.{hint}")
-    if kind == "dat" and path.is_dir():
-        raise UserError(f"weights.path={path}: a folder; weights=dat takes a .dat file (weights=hf takes a folder)")
+    path = check_path(kind, path)
     if kind == "dat":
         return DatWeights(path)
     scheme = detect(path)
     return HfWeights(path) if scheme is None else PublicWeights(path, scheme)
+
+
+def check_path(kind: str, path: str | Path, key: str = "weights.path=") -> Path:
+    """Raises UserError for what is not there, naming files of similar name, and for a file where a folder is expected."""
+    path = Path(path)
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in _siblings(path)], n=3, cutoff=0.4)
+        hint = f" Near it: {', '.join(near)}." if near else ""
+        raise UserError(f"{key}{path}: no such file or folder.{hint}")
+    if path.is_file() and path.suffix in (".safetensors", ".bin", ".pt"):
+        raise UserError(
+            f"{key}{path}: one file of a Hugging Face folder; give the folder, with its config.json"
+            + (" (weights=hf)" if key and kind == "dat" else "")
+        )
+    if kind == "dat" and path.is_dir():
+        raise UserError(f"{key}{path}: a folder; weights=dat takes a .dat file (weights=hf takes a folder)")
+    if kind == "hf" and path.is_file():
+        raise UserError(f"{key}{path}: a file; weights=hf takes a folder (weights=dat takes a .dat file)")
+    return path
 
 
 def save_dat(
@@ -119,7 +132,7 @@ def save_dat(
     with whole_file(path) as part, FileWriter(part, layout) as writer:
         for name, value in tensors.items():
             for key, t in form.encode(name, value).items():
-                writer.put(key, fitted(t, layout.slots[key]))
+                writer.put(key, fitted(t, layout.slots[key]), cast=True)
     return FileInfo("output", Path(path).resolve(), "dat")
 
 

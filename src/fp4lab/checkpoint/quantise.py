@@ -29,7 +29,7 @@ class Recipe:
 
     rule, levels  of the codec; "stochastic" is no rule for a file that is to be made twice the same
     targets       patterns of module names (`*` any text): what is quantised; None: nothing
-    ignore        patterns of those that are not
+    ignore        patterns of those that are not, the head among them
     head          lm_head: "keep" as it is, "nvfp4" (from the embedding where it is tied), "float"
     """
 
@@ -40,11 +40,12 @@ class Recipe:
     head: str = "keep"
 
     def __post_init__(self) -> None:
-        for key, value, allowed in (("rule", self.rule, RULES), ("levels", self.levels, LEVELS), ("head", self.head, HEADS)):
-            if value not in allowed:
-                raise UserError(f"{key} {value!r}: expected one of {', '.join(allowed)}")
         if self.rule == "stochastic":
             raise UserError("rule 'stochastic' is for training; a file is rounded to nearest: use nearest or four_over_six")
+        rules = [rule for rule in RULES if rule != "stochastic"]
+        for key, value, allowed in (("rule", self.rule, rules), ("levels", self.levels, LEVELS), ("head", self.head, HEADS)):
+            if value not in allowed:
+                raise UserError(f"{key} {value!r}: expected one of {', '.join(allowed)}")
         if self.rule == "ct" and self.levels == "single":
             raise UserError("rule 'ct' always has a second-level scale: use levels tensor or row")
         if self.rule == "native" and self.levels != "single":
@@ -69,7 +70,8 @@ class Quantised:
         self.weights, self.recipe, self.divide, self.report = weights, recipe, divide, report
         self.format, self.files = weights.format, weights.files
         self._names = weights.names()
-        if recipe.head == "nvfp4" and HEAD not in self._names and EMBEDDING in self._names:
+        self._check_ignore()
+        if recipe.head == "nvfp4" and HEAD not in self._names and EMBEDDING in self._names and not self._ignored(HEAD):
             self._names.append(HEAD)
         self._chosen = {n for n in self._names if self._is_chosen(n)}
         self._amax: tuple[tuple[str, ...], Tensor] | None = None  # of the group read last
@@ -118,10 +120,23 @@ class Quantised:
             wanted = self.recipe.head == "nvfp4"
         else:
             wanted = any(fnmatch.fnmatchcase(module, t) for t in self.recipe.targets or ())
-            wanted = wanted and not any(fnmatch.fnmatchcase(module, i) for i in self.recipe.ignore)
+        wanted = wanted and not self._ignored(name)
         if wanted and info.shape[1] % BLOCK:
             raise UserError(f"{name} {list(info.shape)}: rows are not whole blocks of {BLOCK}; add --ignore '{module}'")
         return wanted
+
+    def _ignored(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name.removesuffix(WEIGHT), pattern) for pattern in self.recipe.ignore)
+
+    def _check_ignore(self) -> None:
+        """Raises UserError for a pattern of no module: what it should have kept would be quantised."""
+        modules = [n.removesuffix(WEIGHT) for n in (*self._names, HEAD) if n.endswith(WEIGHT)]
+        for pattern in self.recipe.ignore:
+            if not fnmatch.filter(modules, pattern):
+                raise UserError(
+                    f"ignore {pattern!r}: no module is called so; expected a name or a pattern of names such as "
+                    f"{max(modules, key=lambda m: m.count('.'))} (`*` is any text: '*.layers.0.*')"
+                )
 
     def _pack(self, name: str, value: Tensor) -> PackedTensor:
         r, shared = self.recipe, None

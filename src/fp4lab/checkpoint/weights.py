@@ -50,13 +50,12 @@ class TensorInfo:
         return cls(value.shape, None, value.levels, value.divide)
 
 
-def as_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` in `dtype`. Raises UserError where float16 would make an infinity of a number."""
+def check_range(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Raises UserError where float16 would make an infinity of a number."""
     if dtype == torch.float16 and value.dtype != dtype and value.numel():
         low, high = torch.aminmax(value)
         if max(-float(low), float(high)) > FP16_MAX:
             raise UserError(f"{name} has values beyond {FP16_MAX:g}, the largest of float16; write bfloat16 (--dtype bfloat16)")
-    return value.to(dtype)
 
 
 class Weights(Protocol):

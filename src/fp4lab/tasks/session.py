@@ -2,7 +2,6 @@
 
 import functools
 import gc
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from fp4lab.chat.tokenizer import Tokenizer
-from fp4lab.checkpoint import FileInfo, Weights, open_weights
+from fp4lab.checkpoint import FileInfo, Weights, check_path, open_weights
 from fp4lab.errors import UserError
 from fp4lab.events import Emit, File, Note
 from fp4lab.model.bridge import Bridge
@@ -31,7 +30,7 @@ from fp4lab.nvfp4 import PackedTensor, count_changed, dispatch, keep_zero_signs,
 from fp4lab.tasks.incidents import quirk_notes
 from fp4lab.tasks.limits import preflight
 from fp4lab.train import checks
-from fp4lab.train.data import Sample
+from fp4lab.train.data import Samples
 
 SHIPPED = Path("models/tiny")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -180,6 +179,8 @@ def _shape(config: dict[str, Any], emit: Emit) -> tuple[Qwen3Config, Path | None
     """The model's shape and the folder it came from: the weights' own folder, model.path, or model.config."""
     model, weights = config["model"], config["weights"]
     folder = model["path"]
+    if weights["kind"] in ("hf", "dat"):
+        check_path(weights["kind"], weights["path"])
     if weights["kind"] == "hf" and (model["name"] != "tiny" or not folder or Path(folder) == SHIPPED):
         folder = weights["path"]
     if folder is None:
@@ -271,9 +272,14 @@ def _report(emit: Emit, info: FileInfo) -> None:
     emit(File(role=info.role, path=str(info.path), format=info.format, bytes=info.bytes, sha256=info.sha256))
 
 
-def report_samples(session: Session, samples: Sequence[Sample], emit: Emit) -> None:
-    """Notes on what these samples do not teach."""
+def report_samples(session: Session, samples: Samples, emit: Emit) -> None:
+    """Notes on what these samples do not teach. Raises UserError when seq_len leaves nothing of them."""
+    seq_len = session.config["seq_len"]
+    if samples.dropped and not samples:
+        raise UserError(f"data.path={session.config['data']['path']}: no target fits into seq_len={seq_len}; give a larger one")
+    whole = session.config["task"]["name"] == "tune"  # a single step is often of a window on purpose
     for topic, text in (
+        ("window", checks.beyond_window(samples, seq_len) if whole or samples.dropped else None),
         ("targets", checks.no_end_token(samples, session.tokenizer.im_end)),
         ("template", checks.other_template(session.config["data"]["style"])),
     ):

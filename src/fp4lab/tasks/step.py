@@ -173,8 +173,6 @@ def _batches(session: Session, emit: Emit) -> list[Batch]:
     )
     report_data(data["path"], emit)
     report_samples(session, samples, emit)
-    if not samples:
-        raise UserError(f"data.path={config['data']['path']}: no target fits into seq_len={config['seq_len']}")
     chosen = ordered(samples, config["seed"], config["data"]["order"])[: config["steps"]]
     return [b for s in chosen for b in batches([s], 1, session.tokenizer.endoftext, 0)]
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from fp4lab.chat.generate import greedy
 from fp4lab.chat.template import render
 from fp4lab.choices import idle_choices
@@ -14,7 +16,7 @@ from fp4lab.events import Emit, Fed, Loss, Note, Progress, Turn
 from fp4lab.model.paths import TRAINABLE
 from fp4lab.tasks.advance import Advance
 from fp4lab.tasks.exam import Exam
-from fp4lab.tasks.export import check_output, reloading, save_model
+from fp4lab.tasks.export import check_model, check_output, hold_against, reloading, save_model, trained_is_same
 from fp4lab.tasks.meter import Phases
 from fp4lab.tasks.probe import all_paths, probe
 from fp4lab.tasks.resume import Checkpoints
@@ -44,6 +46,8 @@ def run(config: dict, emit: Emit) -> None:
         emit(Note(topic="no_effect", text=text))
     phases = Phases(config, emit)
     session = open_session(config, emit)
+    if task["output"]:
+        check_model(session, trained=True)
     phases.done("model_loaded")
     session.dispose()
     session.compact()
@@ -82,17 +86,22 @@ def run(config: dict, emit: Emit) -> None:
                 break
         checkpoints.step_done(step + 1, seen)  # when all of the step is recorded
     phases.done("optimizer_step_done")
-    probe(session, config["prompt"], "after", emit)
+    after = probe(session, config["prompt"], "after", emit)
     answer(session, task["prompts"], task["max_tokens"], emit)
     if exam is not None:
         exam.ask(session, all_paths(session), "after", step)
     if task["output"]:
         written = save_model(session, emit, trained=True)
         phases.done("export_done")
+        activations, same = session.activations, trained_is_same(session)
+        exact = max(session.dtype, torch.bfloat16, key=lambda t: torch.finfo(t).eps)  # the file's floats are rounded
+        del session, advance, checkpoints, train  # the model that was trained is gone before it is loaded again
+        again = open_session(reloading(config, written), emit)
+        reloaded = probe(again, config["prompt"], "reloaded", emit)
+        hold_against(after, reloaded, exact, activations, config, written, same, emit)
         if exam is not None:
-            del session, advance, checkpoints, train  # the model that was trained is gone before it is loaded again
-            again = open_session(reloading(config, written), emit)
             exam.ask(again, all_paths(again), "reloaded", step)
+        again.dispose()
     phases.done("cleanup_done")
     if exam is not None:
         exam.conclude()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fp4lab.events import StateHealth
-from fp4lab.train.data import Sample
+from fp4lab.train.data import Sample, Samples
 
 WORSE_THAN_UNIFORM = 2.0  # times ln(vocabulary): text that is new to a model stays below it, a broken graph does not
 BEYOND_ADAM = 10.0  # times what AdamW with exact moments can do
@@ -33,6 +33,14 @@ def no_end_token(samples: Sequence[Sample], im_end: int) -> str | None:
     if dialogues and not taught:
         return f"<|im_end|> is a target in none of {len(dialogues)} samples: the model is not taught to end its answers"
     return None
+
+
+def beyond_window(samples: Samples, seq_len: int) -> str | None:
+    """Samples that are longer than what is trained on."""
+    if not samples.cut and not samples.dropped:
+        return None
+    left = f", and {samples.dropped} are left out, no target being in them" if samples.dropped else ""
+    return f"{samples.cut} of {len(samples)} samples are cut to seq_len={seq_len}{left}"
 
 
 def other_template(style: str) -> str | None:

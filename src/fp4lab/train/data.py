@@ -39,8 +39,9 @@ class Sample:
 
 
 class Samples(list[Sample]):
-    """A list that also knows how many samples were left out because no target fell inside the window."""
+    """A list that also knows how many samples did not fit the window: those cut, and those left out as no target was inside."""
 
+    cut: int = 0
     dropped: int = 0
 
 
@@ -88,13 +89,15 @@ def load_samples(
             if split != "all" and held_out(dialogue) != (split == "held_out"):
                 continue
             if file.suffix == ".txt":
-                sample = _text_sample(line, tokenizer, seq_len, where)
+                sample, length = _text_sample(line, tokenizer, seq_len, where)
             else:
                 ids, counts = _dialogue_ids(dialogue, tokenizer, style, file.suffix == ".jsonl", end_token)
+                length = len(ids) - 1
                 ids, counts = ids[-(seq_len + 1) :], counts[-(seq_len + 1) :]
                 sample = Sample(ids[:-1], ids[1:], counts[1:], where)
             if any(sample.loss_mask):
                 samples.append(sample)
+                samples.cut += length > seq_len
             else:
                 samples.dropped += 1
     if not found:
@@ -119,7 +122,7 @@ def _files(path: Path) -> list[Path]:
             raise UserError(f"{path}: no data files in it; expected {', '.join('*' + s for s in SUFFIXES)}")
         return files
     if not path.is_file():
-        raise UserError(f"{path}: no such file or directory; set data.path to a {', '.join(SUFFIXES)} file")
+        raise UserError(f"{path}: no such file or directory; expected a {', '.join(SUFFIXES)} file or a folder of them")
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: unknown kind of data; expected a name ending in {', '.join(SUFFIXES)}")
     return [path]
@@ -173,12 +176,13 @@ def _dialogue(line: str, where: str) -> dict[str, Any]:
 _PARSERS = {".txt": _text, ".tsv": _pair, ".jsonl": _dialogue}
 
 
-def _text_sample(line: str, tokenizer: Tokenizer, seq_len: int, where: str) -> Sample:
+def _text_sample(line: str, tokenizer: Tokenizer, seq_len: int, where: str) -> tuple[Sample, int]:
+    """The sample, and how many inputs the whole line would have."""
     ids = tokenizer.encode(line)
     if len(ids) < 3:
         raise UserError(f"{where}: {len(ids)} token(s); expected at least 3, write a longer line")
     length = min(seq_len, len(ids) - 1)
-    return Sample(ids[:length], ids[1 : length + 1], [True] * length, where)
+    return Sample(ids[:length], ids[1 : length + 1], [True] * length, where), len(ids) - 1
 
 
 def _dialogue_ids(
