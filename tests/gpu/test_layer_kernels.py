@@ -67,3 +67,23 @@ def test_grouped_attention_is_the_expanded_one():
     q, k, v = (torch.randn(1, h, 33, 128, device="cuda", dtype=BF16) for h in (32, 8, 8))
     want = F.scaled_dot_product_attention(q, k.repeat_interleave(4, 1), v.repeat_interleave(4, 1), is_causal=True)
     torch.testing.assert_close(layers.attend(q, k, v), want, rtol=2**-6, atol=2**-7)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 2560), (2, 7, 96), (1, 700, 1024)])
+@pytest.mark.parametrize("both", [True, False])
+def test_residual_norm(shape, both):
+    """The sum and its norm have the bits of an addition and a norm; the sum's gradient is added up before it is rounded."""
+    x, y, d_sum, d_norm = (torch.randn(shape, device="cuda", dtype=BF16) for _ in range(4))
+    w = (torch.rand(shape[-1], device="cuda", dtype=BF16) + 0.5).requires_grad_()
+    x.requires_grad_()
+    y.requires_grad_()
+    total, normed = layers.residual_norm(x, y if both else None, w, 1e-6)
+    assert torch.equal(total, x + y if both else x)
+    assert torch.equal(normed, layers.rms_norm(total, w, 1e-6))
+    inputs = [x, w, *([y] if both else [])]
+    ours = torch.autograd.grad([total, normed], inputs, [d_sum, d_norm])
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    total, normed = plain(layers.residual_norm, wide[0], wide[2] if both else None, wide[1], 1e-6)
+    want = torch.autograd.grad([total, normed], wide, [d_sum.double(), d_norm.double()])
+    for a, b in zip(ours, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2**-6, atol=2**-7 * float(b.abs().mean()) + 1e-6)

@@ -29,20 +29,63 @@ class RmsNorm(torch.autograd.Function):
         y, rows = torch.empty_like(x), x.numel() // x.shape[-1]
         rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
         width, tile, warps = _tile(x.shape[-1])
-        _norm[(-(-rows // tile),)](x, weight, y, rstd, rows, x.shape[-1], eps, R=tile, H=width, num_warps=warps)
+        size = rows, x.shape[-1], eps
+        _norm[(-(-rows // tile),)](x, x, x, weight, y, rstd, *size, ADD=False, R=tile, H=width, num_warps=warps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
-        dy, dx, rows = dy.contiguous(), torch.empty_like(x), len(rstd)
+        return *_normed_back(x, weight, rstd, dy, None), None
+
+
+class ResidualNorm(torch.autograd.Function):
+    """x and y [..., H], y perhaps None, weight [H] -> x + y and its norm: `layers.residual_norm`.
+
+    The sum's gradient, of which the norm's is a part, is one kernel's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()
+        total = x if y is None else torch.empty_like(x)
+        normed, rows = torch.empty_like(x), x.numel() // x.shape[-1]
+        rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
         width, tile, warps = _tile(x.shape[-1])
-        programs = min(PROGRAMS, -(-rows // tile))
-        parts = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
-        each = -(-rows // (tile * programs))
-        _norm_back[(programs,)](x, weight, rstd, dy, dx, parts, rows, x.shape[-1], each, R=tile, H=width, num_warps=warps)
-        return dx, kernels.sum_parts(parts, weight.dtype), None
+        _norm[(-(-rows // tile),)](
+            *(x, x if y is None else y.contiguous(), total, weight, normed, rstd, rows, x.shape[-1], eps),
+            ADD=y is not None,
+            R=tile,
+            H=width,
+            num_warps=warps,
+        )
+        ctx.save_for_backward(total, weight, rstd)
+        ctx.both = y is not None
+        return total.view_as(total) if y is None else total, normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
+        x, weight, rstd = ctx.saved_tensors
+        dx, dw = _normed_back(x, weight, rstd, grads[1], grads[0])
+        return dx, dx if ctx.both else None, dw, None
+
+
+def _normed_back(x: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, more: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of x and the weight; `more` is added to that of x."""
+    dy, dx, rows = dy.contiguous(), torch.empty_like(x), len(rstd)
+    width, tile, warps = _tile(x.shape[-1])
+    programs = min(PROGRAMS, -(-rows // tile))
+    parts = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
+    each = -(-rows // (tile * programs))
+    _norm_back[(programs,)](
+        *(x, weight, rstd, dy, dy if more is None else more.contiguous(), dx, parts, rows, x.shape[-1], each),
+        MORE=more is not None,
+        R=tile,
+        H=width,
+        num_warps=warps,
+    )
+    return dx, kernels.sum_parts(parts, weight.dtype)
 
 
 class Rotate(torch.autograd.Function):
@@ -90,15 +133,16 @@ class Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         y, q_weight, k_weight, cos, sin, rstd = ctx.saved_tensors
-        dq, dk, dv = (g.transpose(1, 2).contiguous() for g in grads)
-        (batch, length, queries, width), keys = dq.shape, dk.shape[2]
+        dq, dk, dv = (g if g.stride(3) == 1 else g.contiguous() for g in grads)  # [B, heads, T, D], lying as attention left it
+        (batch, queries, length, width), keys = dq.shape, dk.shape[1]
+        strides = [s for g in (dq, dk, dv) for s in g.stride()[:3]]
         dy, rows = torch.empty_like(y), batch * length * (queries + 2 * keys)
         sizes, tile = _halves(width)
         programs = min(PROGRAMS, -(-rows // tile))
         parts = torch.empty(programs, 2 * width, dtype=torch.float32, device=y.device)
         each = -(-rows // (tile * programs))
         _heads_back[(programs,)](
-            *(y, q_weight, k_weight, cos, sin, rstd, dq, dk, dv, dy, parts, rows, length, each, queries, keys),
+            *(y, q_weight, k_weight, cos, sin, rstd, dq, dk, dv, dy, parts, rows, length, each, queries, keys, *strides),
             **sizes,
             R=tile,
         )
@@ -169,11 +213,18 @@ if kernels.triton is not None:
     from fp4lab.nvfp4.kernels import tl, triton
 
     @triton.jit
-    def _norm(x, weight, y, rstd, rows, width, eps, R: tl.constexpr, H: tl.constexpr):
+    def _norm(
+        x, other, total, weight, y, rstd, rows, width, eps, ADD: tl.constexpr, R: tl.constexpr, H: tl.constexpr
+    ):  # fmt: skip
         row, column = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, H)
         inside = (row < rows)[:, None] & (column < width)[None, :]
         at = row.to(tl.int64)[:, None] * width + column[None, :]
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            value += tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
+            value = value.to(total.dtype.element_ty)
+            tl.store(total + at, value, mask=inside)
+            value = value.to(tl.float32)
         scale = tl.rsqrt(tl.sum(value * value, axis=1) / width + eps)
         w = tl.load(weight + column, mask=column < width, other=0.0).to(y.dtype.element_ty).to(tl.float32)
         rounded = (value * scale[:, None]).to(y.dtype.element_ty).to(tl.float32)
@@ -181,7 +232,9 @@ if kernels.triton is not None:
         tl.store(rstd + row, scale, mask=row < rows)
 
     @triton.jit(do_not_specialize=["rows", "each"])
-    def _norm_back(x, weight, rstd, dy, dx, parts, rows, width, each, R: tl.constexpr, H: tl.constexpr):
+    def _norm_back(
+        x, weight, rstd, dy, more, dx, parts, rows, width, each, MORE: tl.constexpr, R: tl.constexpr, H: tl.constexpr
+    ):  # fmt: skip
         column = tl.arange(0, H)
         w = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
         total = tl.zeros((H,), tl.float32)
@@ -193,7 +246,10 @@ if kernels.triton is not None:
             normed = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale
             d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
             mean = tl.sum(d * w * normed, axis=1)[:, None] / width
-            tl.store(dx + at, (scale * (d * w - normed * mean)).to(dx.dtype.element_ty), mask=inside)
+            grad = scale * (d * w - normed * mean)
+            if MORE:
+                grad += tl.load(more + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx + at, grad.to(dx.dtype.element_ty), mask=inside)
             total += tl.sum(d * normed, axis=0)
         tl.store(parts + tl.program_id(0) * width + column, total, mask=column < width)
 
@@ -256,6 +312,7 @@ if kernels.triton is not None:
     @triton.jit(do_not_specialize=["rows", "length", "each"])
     def _heads_back(
         y, q_weight, k_weight, cos, sin, rstd, dq, dk, dv, dy, parts, rows, length, each, queries, keys,
+        q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
         HALF: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
     ):  # fmt: skip
         column = tl.arange(0, P)
@@ -271,9 +328,10 @@ if kernels.triton is not None:
             is_q, is_v = (head < queries)[:, None], (head >= queries + keys)[:, None]
             is_k = (head >= queries)[:, None] & (head < queries + keys)[:, None]
             at = row.to(tl.int64)[:, None] * (2 * HALF) + column[None, :]
-            from_q = (token.to(tl.int64) * queries + head)[:, None] * (2 * HALF) + column[None, :]
-            from_k = (token.to(tl.int64) * keys + head - queries)[:, None] * (2 * HALF) + column[None, :]
-            from_v = from_k - keys * (2 * HALF)
+            batch, place = (token // length).to(tl.int64), (token % length).to(tl.int64)
+            from_q = (batch * q_batch + head * q_head + place * q_token)[:, None] + column[None, :]
+            from_k = (batch * k_batch + (head - queries) * k_head + place * k_token)[:, None] + column[None, :]
+            from_v = (batch * v_batch + (head - queries - keys) * v_head + place * v_token)[:, None] + column[None, :]
             d_a = tl.load(dq + from_q, mask=inside & is_q, other=0.0).to(tl.float32)
             d_b = tl.load(dq + from_q + HALF, mask=inside & is_q, other=0.0).to(tl.float32)
             d_a += tl.load(dk + from_k, mask=inside & is_k, other=0.0).to(tl.float32)

@@ -19,6 +19,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return wide.to(x.dtype) * weight.to(x.dtype)
 
 
+def residual_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, or x where there is no y, and `rms_norm` of it."""
+    if kernels.take(x):
+        return kernels.ResidualNorm.apply(x, y, weight, eps)
+    total = x if y is None else x + y
+    return total, rms_norm(total, weight, eps)
+
+
 class Rope:
     """cos/sin tables of the split-half rotary embedding, built in fp32 (arXiv 2104.09864; reference section 3)."""
 

@@ -138,6 +138,7 @@ class _Consumed(torch.autograd.Function):
         (x,), linear = ctx.saved_tensors, ctx.linear
         decoded, linear.decoded = linear.decoded, None
         dx = matmul_back(dy, linear.packed, decoded) if ctx.needs_input_grad[0] else None
+        del decoded  # before a gradient as large exists
         if not linear.frozen:
             assert linear.consume is not None, "nobody takes this linear's gradient"
             linear.consume(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))

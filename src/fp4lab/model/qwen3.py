@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fp4lab.model.config import EMBEDDING, FINAL_NORM, Qwen3Config
-from fp4lab.model.layers import KVCache, Rope, attend, heads, joint_silu_mul, rms_norm, rotate, silu_mul, within
+from fp4lab.model.layers import (
+    KVCache,
+    Rope,
+    attend,
+    heads,
+    joint_silu_mul,
+    residual_norm,
+    rms_norm,
+    rotate,
+    silu_mul,
+    within,
+)
 from fp4lab.model.linears import ConsumingLinear, lookup
 from fp4lab.nvfp4 import PackedTensor
 
@@ -45,6 +56,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def residual(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + y, where there is a y, and the norm of it."""
+        return residual_norm(x, y, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -111,11 +126,15 @@ class Block(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, again: bool = False, mask: Tensor | None = None
     ) -> Tensor:
         """`again`: the MLP, with its three wide activations, is computed again in the backward; attention is not."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
-        return x + (recomputed(self.mlp, self._mlp, x) if again else self._mlp(x))
+        x, normed = self.input_layernorm.residual(x, None)
+        attended = self.self_attn(normed, cos, sin, cache, mask)
+        if again:
+            return recomputed(self.mlp, self._rest, x + attended)
+        return self._rest(x, attended)
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        return self.mlp(self.post_attention_layernorm(x))
+    def _rest(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
+        x, normed = self.post_attention_layernorm.residual(x, attended)
+        return x + self.mlp(normed)
 
 
 class Embedding(nn.Module):

@@ -36,7 +36,7 @@ class Vectors:
     def update(self, grads: list[Tensor], numbers: Tensor) -> tuple[Tensor, Tensor]:
         """One gradient a state, in its shape. Returns the sum of the gradients' squares and the largest |update|."""
         o = self.options
-        g = torch.cat([x.reshape(-1).float() for x in grads])
+        g = torch.cat([x.reshape(-1) for x in grads]).float()
         self.m.lerp_(g, 1 - o.beta1)
         self.v.mul_(o.beta2).addcmul_(g, g, value=1 - o.beta2)
         update = (self.m * numbers[1]) / (self.v * numbers[2]).sqrt_().add_(o.eps)
