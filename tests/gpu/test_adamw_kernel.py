@@ -139,9 +139,9 @@ def test_a_cap_bounds_the_update_and_every_row_is_unbiased():
     options = AdamWOptions(max_update=0.5, state="fp32")
     s = state((64, 320), options)
     before = unpack(s.packed)
-    event = steps(s, options, 1, True, (64, 320), lr=1e-5)
+    event = steps(s, options, 1, True, (64, 320), lr=1e-3)  # so that about a thousand codes move
     assert event.max_update_over_lr == 0.5
-    assert 0.8 < event.update_kept < 1.2
+    assert 0.9 < event.update_kept < 1.1
     assert (unpack(s.packed) != before).any()
 
 

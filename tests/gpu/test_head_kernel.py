@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from fp4lab.train.head_kernel import add_chunk, softmax_grad_, take
+from fp4lab.train.head_kernel import add_chunk, add_rows_, softmax_grad_, take
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("n, vocab, chunk", [(1, 1000, 1000), (8, 20000, 8192), (70, 5000, 768)])
+@pytest.mark.parametrize("n, vocab, chunk", [(1, 1000, 1000), (8, 20000, 8192), (70, 5000, 768), (3, 30000, 30000)])
 def test_chunks_make_the_loss_and_its_gradient(n, vocab, chunk):
     logits = 5 * torch.randn(n, vocab, device="cuda", dtype=torch.bfloat16)
     targets = torch.randint(0, vocab, (n,), device="cuda")
@@ -33,3 +33,19 @@ def test_what_is_no_number_stays_none():
     lse, right = torch.full((2,), -torch.inf, device="cuda"), torch.zeros(2, device="cuda")
     add_chunk(logits, torch.zeros(2, device="cuda", dtype=torch.int64), 0, lse, right)
     assert lse[0].isfinite() and lse[1].isnan()
+
+
+def test_rows_of_an_id_are_added_up_whatever_their_order():
+    ids = torch.randint(20, 90, (300,), device="cuda")
+    rows = torch.randn(300, 96, device="cuda", dtype=torch.bfloat16)
+    before = torch.randn(50, 96, device="cuda", dtype=torch.bfloat16)
+    ordered, order = ids.sort(stable=True)
+    results = []
+    for _ in range(2):
+        grad = before.clone()
+        add_rows_(grad, 30, ordered, order, rows)  # of the ids 30..79
+        results.append(grad)
+    here = (ids >= 30) & (ids < 80)
+    want = before.double().index_add(0, ids[here] - 30, rows[here].double())
+    torch.testing.assert_close(results[0].double(), want, rtol=2**-8, atol=1e-6)
+    assert torch.equal(*results)

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fp4lab.nvfp4 import pack, unpack, update_stochastic
+from fp4lab.nvfp4 import pack, pack_stochastic, unpack, update_stochastic
+from fp4lab.nvfp4.update import _scale_byte
 
 
 def updated(x, old, seed=0):
@@ -67,3 +70,56 @@ def test_a_block_that_shrinks_gets_a_finer_scale():
     small = torch.full((1, 16), 3.0)
     new = updated(small, old)
     assert torch.equal(unpack(new), small) and float(new.block_scale.float()) == 0.5
+
+
+def stored(x, bound, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = x.shape[0], -(-x.shape[1] // 16)
+    return pack_stochastic(x, bound, torch.rand(shape, generator=generator), torch.rand(shape, generator=generator))
+
+
+@pytest.mark.parametrize("cols", [48, 40])
+def test_a_stored_mean_is_right_on_average(cols):
+    """Values of a block share their noise, so each is looked at alone. The smallest row's scales would be below 2^-9."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(16, cols, generator=generator) * torch.logspace(-5, 2, 16).unsqueeze(1)
+    bound = x.abs().amax(dim=1, keepdim=True) / 400
+    bound[0] *= 1e5
+    n = 3000
+    draws = torch.stack([unpack(stored(x, bound, seed)) for seed in range(n)]).double()
+    mean, error = draws.mean(0), draws.std(0) / n**0.5
+    seen = error > 1e-4 * x.abs().amax(dim=1, keepdim=True)
+    z = ((mean - x) / error)[seen]
+    assert z.square().mean().sqrt() < 1.15 and z.abs().max() < 6
+    assert seen[0].any()
+
+
+def test_a_mean_that_moves_by_little_moves():
+    """What rounding to nearest does not do: a decay of a thousandth a step halves it in 693 steps, whatever the grid."""
+    x = torch.rand(256, 64, generator=torch.Generator().manual_seed(5)) + 0.5
+    bound = torch.full((256, 1), 1.5 / 2688)
+    held, nearest = stored(x, bound, 0), pack(x, "nearest", "row", global_scale=bound)
+    for step in range(693):
+        held = stored(unpack(held) * 0.999, bound, 1 + step)
+        nearest = pack(unpack(nearest) * 0.999, "nearest", "row", global_scale=bound)
+    assert float(unpack(held).mean()) == pytest.approx(0.5 * float(x.mean()), rel=0.1)
+    assert unpack(nearest).mean() > 0.9 * x.mean()
+
+
+def test_nothing_is_stored_of_nothing():
+    zero = torch.zeros(2, 32)
+    p = stored(zero, torch.zeros(2, 1), 0)
+    assert not unpack(p).any() and (p.block_scale.float() == 2**-9).all()
+
+
+@given(st.floats(0, 448), st.integers(0, (1 << 20) - 1))
+def test_a_scale_is_one_of_its_two_neighbours(x, fraction):
+    byte = _scale_byte(torch.tensor([x]), torch.tensor([fraction], dtype=torch.int32))
+    neighbours = (byte.int() + torch.tensor([-1, 1])).clamp(1, 126).to(torch.uint8)
+    low, high = neighbours.view(torch.float8_e4m3fn).float().tolist()
+    got = byte.view(torch.float8_e4m3fn).float().item()
+    assert low <= max(x, 2**-9) * (1 + 1e-6) and high >= x * (1 - 1e-6)
+    if fraction == (1 << 20) - 1:
+        assert got >= x * (1 - 2e-6)
+    if fraction == 0:
+        assert got <= max(x, 2**-9)

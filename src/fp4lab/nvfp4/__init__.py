@@ -7,7 +7,7 @@ from fp4lab.nvfp4.emulate import quantize_activations
 from fp4lab.nvfp4.native import native_available, operand, scaled_fp4_matmul
 from fp4lab.nvfp4.packed import BLOCK, PackedTensor
 from fp4lab.nvfp4.swizzle import swizzle, unswizzle
-from fp4lab.nvfp4.update import update_stochastic
+from fp4lab.nvfp4.update import pack_stochastic, update_stochastic
 
 __all__ = [
     "BLOCK",
@@ -26,6 +26,7 @@ __all__ = [
     "native_available",
     "operand",
     "pack",
+    "pack_stochastic",
     "quantize_activations",
     "repack_like",
     "scale_of_amax",

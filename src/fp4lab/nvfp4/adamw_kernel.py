@@ -1,9 +1,9 @@
 """One AdamW update of packed rows in one pass on the GPU: reads g, w, m, v and writes w, m, v with their scales.
 
 `train.adamw.update_rows` is its definition, of which it is a reordering: approximate reciprocals and square roots, fused
-multiply-adds, and every value inside 2^-10 of itself, so that the 2^126 that turns moved code bits into a number can be part of
-a scale. Codes may therefore differ where a value lies within a few ulps of the border between two;
-tests/gpu/test_adamw_kernel.py bounds their share. The same call gives the same bits.
+multiply-adds, and every value inside 2^-10 of itself, so that the 2^126 of `assembly.ENCODE` can be part of a scale's inverse.
+Codes may therefore differ where a value lies within a few ulps of the border between two; tests/gpu/test_adamw_kernel.py bounds
+their share. The same call gives the same bits. Where the gradient is a product of few tokens, `adamw_product` makes it too.
 
 A program is one warp and takes a row from left to right, a block of 16 a thread: first for the row's largest gradient, which
 the moments' second level needs, then for the update. It is bound by instructions, not by memory (doc/benchmarks.md).
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fp4lab.nvfp4 import kernels
 from fp4lab.nvfp4.packed import BLOCK, PackedTensor
+from fp4lab.nvfp4.update import MOMENT_LANES, SECOND_WORD
 
 WARPS, REGS = 1, None
 TILE = 32  # blocks of a row that a program holds at a time
@@ -35,8 +36,6 @@ COUNTS = (
     "zero_v",
 )
 SPREAD = 32  # rows of the counters, so that programs seldom meet on one
-# of a hash, for eight elements and their block: odd, random bits (`train.noise`)
-LANES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09, 0x8CB92BA7)
 FORMATS = ("nvfp4_two_level", "bf16", "fp32")  # of moments
 RULES = ("torchao", "nearest")  # of packed weights, to nearest
 NUMBERS = 4  # lr, 1 / bias1, 1 / bias2, and the 32 bits that `train.noise.key` adds the tensor to
@@ -110,21 +109,18 @@ def _moment(m: "PackedTensor | Tensor") -> tuple[Tensor, Tensor, Tensor]:
 
 
 if kernels.triton is not None:
-    from fp4lab.nvfp4.kernels import (
-        decode_root,
-        decode_tiny,
-        floor_scale,
-        join,
-        join_signed,
-        mix,
-        positive_scale,
-        tl,
-        triton,
-    )
+    from fp4lab.nvfp4 import assembly
+    from fp4lab.nvfp4.kernels import mix, tl, triton
 
-    _LANE = tl.constexpr(LANES)
-    _TINY = tl.constexpr(2.0**-10)
-    _BIG = tl.constexpr(2.0**116)  # 2^126 of the codes, 2^-10 of everything
+    _DECODE, _SQUARE, _DECODED = map(tl.constexpr, (assembly.DECODE, assembly.SQUARE, assembly.DECODED))
+    _ENCODE, _ENCODE_UNSIGNED = tl.constexpr(assembly.ENCODE), tl.constexpr(assembly.ENCODE_UNSIGNED)
+    _ENCODE_DITHERED, _ENCODED = tl.constexpr(assembly.ENCODE_DITHERED), tl.constexpr(assembly.ENCODED)
+    _CAP, _CAPPED, _RESCALE, _RESCALED = map(tl.constexpr, (assembly.CAP, assembly.CAPPED, assembly.RESCALE, assembly.RESCALED))
+    _SCALE, _SCALED, _NOISE = map(tl.constexpr, (assembly.SCALE, assembly.SCALED, assembly.NOISE))
+    _M_LANE, _M_SCALE_LANE, _V_LANE, _V_SCALE_LANE = map(tl.constexpr, MOMENT_LANES)
+    _HALF, _SECOND_WORD = tl.constexpr(assembly.HALF), tl.constexpr(SECOND_WORD)
+    _TINY = tl.constexpr(2.0**-10)  # what everything is of itself inside
+    _UP = tl.constexpr(2.0**4)  # of decoded codes, which are 2^-14 of their values
     _DOWN = tl.constexpr(2.0**-126)
 
     @triton.jit
@@ -144,56 +140,47 @@ if kernels.triton is not None:
         return tl.max(tl.maximum(a, b), axis=1)
 
     @triton.jit
-    def _scaled(x, inverse):
-        """x * inverse, as a sum: of a product's bits shifted, ptxas 12.8 makes an integer product of the factors' bits."""
-        return tl.fma(x, tl.broadcast_to(inverse[:, None], x.shape), tl.zeros(x.shape, tl.float32))
+    def _keep(a, b):
+        return a
 
     @triton.jit
-    def _nearest(x, inverse):
-        """The code of |x| * inverse below 8, in bits 28..30; `inverse` makes it 2^-126 of itself (see `decode_tiny`)."""
-        return _scaled(x, inverse).to(tl.int32, bitcast=True) * 64 + 0x08000000
+    def _scale(byte):
+        """E4M3 bytes 0..0x7E -> fp32."""
+        return byte.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
 
     @triton.jit
-    def _moment_scale(amax, bound):
-        """The byte of the block scale [NB], and the inverse of what it stands for; both of values 2^-10 of themselves."""
-        wanted = tl.where(bound > 0, amax * (1 / 6) / bound, 0.0)
-        scale = tl.minimum(tl.maximum(wanted, 0.001953125), 448.0).to(tl.float8e4nv)
-        total = scale.to(tl.float32) * bound
-        return scale.to(tl.uint8, bitcast=True), tl.where(total > 0, _reciprocal(total) * _DOWN, 0.0)
+    def _values(word, lane, TEXT: tl.constexpr):
+        """Words [N] of eight codes -> [N, 8] fp32; lane = 0..7 is not read, but gives the shape."""
+        return tl.inline_asm_elementwise(TEXT, _DECODED, [word[:, None], lane[None, :]], dtype=tl.float32, is_pure=True, pack=8)
 
     @triton.jit
-    def _multipliers(lane):
-        m = tl.full(lane.shape, _LANE[0], tl.uint32)
-        for j in tl.static_range(1, 8):
-            m = tl.where(lane == j, tl.full(lane.shape, _LANE[j], tl.uint32), m)
-        return m
+    def _word(x, inverse, add, TEXT: tl.constexpr):
+        """Values [N, 8], the inverse of their block's scale and what to add [N] -> words [N]."""
+        word = tl.inline_asm_elementwise(
+            TEXT, _ENCODED, [x, inverse[:, None], add[:, None]], dtype=tl.int32, is_pure=True, pack=8
+        )
+        return tl.reduce(word, 1, _keep)
 
     @triton.jit
-    def _dithered(x, inverse, h, multipliers):
-        """Stochastic codes of eight values a row, the same way: noise is added to the bits, and what it carries over is up."""
-        position = _scaled(x, inverse).to(tl.uint32, bitcast=True) * 64
-        noise = (h[:, None] * multipliers[None, :]) >> 4
-        return tl.minimum(position + noise, 0x7FFFFFFF).to(tl.int32, bitcast=True)
+    def _cap(x, most, limit, top):
+        return tl.inline_asm_elementwise(
+            _CAP, _CAPPED, [x, most[:, None], limit[:, None], top[:, None]], dtype=tl.float32, is_pure=True, pack=8
+        )
 
     @triton.jit
-    def _outgrown(n, most, limit):
-        """Values of blocks of which some grow: at most `most`, and beyond `limit` so large that they saturate."""
-        size = tl.minimum(tl.abs(n), most[:, None])
-        size = tl.where(tl.abs(n) > limit[:, None], 2 * limit[:, None], size)
-        sign = n.to(tl.int32, bitcast=True) & -2147483648
-        return (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-
-    @triton.jit
-    def _scale_stochastic(amax, byte, h):
-        """New scale bytes; what values are capped at, and beyond what they go to the top, in units of the second level."""
-        wanted = amax * (1 / 6)
-        byte = tl.where((wanted <= positive_scale(byte) * 0.5) & (byte >= 16), byte - 8, byte)
-        grows = wanted > positive_scale(byte)
-        low = tl.where(grows, tl.minimum(floor_scale(wanted), 0x7E), byte)
-        lo, hi = positive_scale(low), positive_scale(tl.minimum(low + 1, 0x7E))
-        noise = ((h * _LANE[8]) >> 13).to(tl.float32) * 1.9073486328125e-06 + 9.5367431640625e-07
-        limit = tl.where(grows, 6 * (lo + noise * (hi - lo)), float("inf"))
-        return tl.where(amax > limit, tl.minimum(low + 1, 0x7E), low), 6 * lo, limit
+    def _stored(x0, x1, hash, bound, places, bytes, at, ok, OWN: tl.constexpr, SCALES: tl.constexpr, TEXT: tl.constexpr):
+        """Writes a moment's blocks as `nvfp4.pack_stochastic` does, and returns the bytes of their scales."""
+        amax = _block_max(tl.abs(x0), tl.abs(x1))
+        sixth = tl.where(bound > 0, 1 / (6 * bound), 0.0)  # a scale of 0 says that all is 0
+        least = tl.where(bound > 0, 512 * _DOWN / bound, 0.0)
+        fraction = ((hash * SCALES) >> 12).to(tl.int32, bitcast=True)
+        byte = tl.inline_asm_elementwise(_SCALE, _SCALED, [amax * sixth, fraction], dtype=tl.int32, is_pure=True, pack=1)
+        noise = ((hash * OWN) >> 4).to(tl.int32, bitcast=True) & _NOISE
+        inverse = tl.minimum(_reciprocal(amax) * (6 * _DOWN), least)
+        tl.store(bytes + at, byte.to(tl.uint8), mask=ok)
+        tl.store(places + at * 2, _word(x0, inverse, noise, TEXT), mask=ok)
+        tl.store(places + at * 2 + 1, _word(x1, inverse, noise, TEXT), mask=ok)
+        return byte
 
     @triton.jit
     def _count(total, before, wanted, after, rescaled, ok):
@@ -254,7 +241,7 @@ if kernels.triton is not None:
         counts += (row % 32) * 13
         block = tl.arange(0, C)
         lane = tl.arange(0, 8)
-        multipliers = _multipliers(lane)
+        half_step = tl.full((C,), _HALF, tl.int32)
         lr, c1, c2 = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
         tensor += (row >= border1).to(tl.int32) + (row >= border2).to(tl.int32)
         first += row - tl.where(row >= border2, border2, tl.where(row >= border1, border1, 0))
@@ -274,7 +261,7 @@ if kernels.triton is not None:
         v_root = m_in / tl.sqrt(rest2)
         eps_in, root_in = eps * _TINY / c1, tl.sqrt(c2) / c1 * (_TINY / v_root)
         if PACKED:
-            m_old, v_old = m_old * beta1 * _BIG, v_old * root_beta2 * v_root
+            m_old, v_old = m_old * beta1 * _UP, v_old * root_beta2 * v_root
             m_new, v_new = m_new * _TINY, v_new * v_root
         unit = 1024.0  # what a weight is inside, times this, is the weight: it stays in units of its second level
         if SECOND == 1:
@@ -283,7 +270,7 @@ if kernels.triton is not None:
             unit /= tl.load(wg)
         step = tl.maximum(lr / unit, 1e-30)  # part of the update's denominator; nothing moves by the least of it
         eps_in, root_in, cap = eps_in / step, root_in / step, cap * step
-        keep = (1 - lr * decay) * _BIG
+        keep = (1 - lr * decay) * _UP
         largest = tl.zeros((C,), tl.float32)
         squares = tl.zeros((C, 8), tl.float32)
         none = tl.zeros((C,), tl.float32)
@@ -306,14 +293,13 @@ if kernels.triton is not None:
                 m1 = tl.load(mc + at * 2 + 1, mask=ok, other=0)
                 v0 = tl.load(vc + at * 2, mask=ok, other=0)
                 v1 = tl.load(vc + at * 2 + 1, mask=ok, other=0)
-                m_scale = positive_scale(tl.load(ms + at, mask=ok, other=0).to(tl.int32)) * m_old
-                v_scale = positive_scale(tl.load(vs + at, mask=ok, other=0).to(tl.int32)) * v_old
-                m0 = decode_tiny(m0, lane) * m_scale[:, None] + g0
-                m1 = decode_tiny(m1, lane) * m_scale[:, None] + g1
-                v0 = decode_root(v0, lane) * v_scale[:, None]
-                v1 = decode_root(v1, lane) * v_scale[:, None]
-                v0 = g0 * g0 + v0 * v0
-                v1 = g1 * g1 + v1 * v1
+                m_scale = (_scale(tl.load(ms + at, mask=ok, other=0)) * m_old)[:, None]
+                v_scale = _scale(tl.load(vs + at, mask=ok, other=0)) * v_old
+                v_scale = (v_scale * v_scale)[:, None]
+                m0 = _values(m0, lane, _DECODE) * m_scale + g0
+                m1 = _values(m1, lane, _DECODE) * m_scale + g1
+                v0 = _values(v0, lane, _SQUARE) * v_scale + g0 * g0
+                v1 = _values(v1, lane, _SQUARE) * v_scale + g1 * g1
             else:
                 m0 = tl.load(mc + values, mask=inside, other=0.0).to(tl.float32) * (beta1 * _TINY) + g0
                 m1 = tl.load(mc + 8 + values, mask=inside, other=0.0).to(tl.float32) * (beta1 * _TINY) + g1
@@ -325,19 +311,14 @@ if kernels.triton is not None:
                 u0 = tl.minimum(tl.maximum(u0, -cap), cap)
                 u1 = tl.minimum(tl.maximum(u1, -cap), cap)
             largest = tl.maximum(largest, _block_max(tl.abs(u0), tl.abs(u1)))
-            scale = (positive_scale(byte) * keep)[:, None]
-            n0 = decode_tiny(w0, lane) * scale - u0
-            n1 = decode_tiny(w1, lane) * scale - u1
+            hash = mix((first.to(tl.int64) * blocks + start + block).to(tl.uint32) ^ key) & 0xFFFFF000
+            scale = _scale(byte)
+            n0 = _values(w0, lane, _DECODE) * (scale * keep)[:, None] - u0
+            n1 = _values(w1, lane, _DECODE) * (scale * keep)[:, None] - u1
 
             if PACKED:
-                m_byte, inverse = _moment_scale(_block_max(tl.abs(m0), tl.abs(m1)), m_new)
-                tl.store(ms + at, m_byte, mask=ok)
-                tl.store(mc + at * 2, join_signed(_nearest(m0, inverse), m0), mask=ok)
-                tl.store(mc + at * 2 + 1, join_signed(_nearest(m1, inverse), m1), mask=ok)
-                v_byte, inverse = _moment_scale(_block_max(q0, q1), v_new)
-                tl.store(vs + at, v_byte, mask=ok)
-                tl.store(vc + at * 2, join(_nearest(q0, inverse)), mask=ok)
-                tl.store(vc + at * 2 + 1, join(_nearest(q1, inverse)), mask=ok)
+                m_byte = _stored(m0, m1, hash, m_new, mc, ms, at, ok, _M_LANE, _M_SCALE_LANE, _ENCODE)
+                v_byte = _stored(q0, q1, hash, v_new, vc, vs, at, ok, _V_LANE, _V_SCALE_LANE, _ENCODE_UNSIGNED)
             else:
                 tl.store(mc + values, (m0 * 1024.0).to(mc.dtype.element_ty), mask=inside)
                 tl.store(mc + 8 + values, (m1 * 1024.0).to(mc.dtype.element_ty), mask=inside)
@@ -346,33 +327,29 @@ if kernels.triton is not None:
 
             amax = tl.reduce(_max_or_nan(tl.abs(n0), tl.abs(n1)), 1, _max_or_nan) * 1024
             if STOCHASTIC:
-                index = (first.to(tl.int64) * blocks + start + block).to(tl.uint32) * 2
-                h0 = mix(index ^ key)
-                new_byte, most, limit = _scale_stochastic(amax, byte, h0)
-                inverse = tl.where(new_byte > 0, _reciprocal(positive_scale(new_byte)) * (1024 * _DOWN), 0.0)
-                t0, t1, most = n0, n1, most * _TINY
-                if COUNT:  # noqa: SIM114 - Triton 3.6 compiles this without the branch only
-                    t0, t1 = _outgrown(n0, most, limit * _TINY), _outgrown(n1, most, limit * _TINY)
-                elif tl.max((amax > limit).to(tl.int32), axis=0) > 0:  # few tiles have such a block
-                    t0, t1 = _outgrown(n0, most, limit * _TINY), _outgrown(n1, most, limit * _TINY)
-                n0_code = _dithered(t0, inverse, h0, multipliers)
-                n1_code = _dithered(t1, inverse, mix((index + 1) ^ key), multipliers)
+                new_byte, new_scale, most, limit = tl.inline_asm_elementwise(
+                    _RESCALE, _RESCALED, [amax, byte, scale, hash.to(tl.int32, bitcast=True)],
+                    dtype=(tl.int32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+                )  # fmt: skip
+                inverse = tl.where(new_byte > 0, _reciprocal(new_scale) * (1024 * _DOWN), 0.0)
+                most, limit, top = most * _TINY, limit * _TINY, new_scale * (6 * _TINY)
+                other = (hash * _SECOND_WORD).to(tl.int32, bitcast=True)
+                w0_new = _word(_cap(n0, most, limit, top), inverse, hash.to(tl.int32, bitcast=True), _ENCODE_DITHERED)
+                w1_new = _word(_cap(n1, most, limit, top), inverse, other, _ENCODE_DITHERED)
             else:
                 rounded = tl.minimum(tl.maximum(amax * (1 / 6), LEAST), 448.0).to(tl.float8e4nv)
-                new_byte = rounded.to(tl.uint8, bitcast=True).to(tl.int32)
-                inverse = _reciprocal(rounded.to(tl.float32)) * (1024 * _DOWN)
-                most = (rounded.to(tl.float32) * (6 * _TINY))[:, None]
-                n0_code = _nearest(tl.minimum(tl.abs(n0), most), inverse)
-                n1_code = _nearest(tl.minimum(tl.abs(n1), most), inverse)
-            w0_new, w1_new = join_signed(n0_code, n0), join_signed(n1_code, n1)
+                new_byte, new_scale = rounded.to(tl.uint8, bitcast=True).to(tl.int32), rounded.to(tl.float32)
+                inverse, most = _reciprocal(new_scale) * (1024 * _DOWN), new_scale * (6 * _TINY)
+                w0_new = _word(_cap(n0, most, most, most), inverse, half_step, _ENCODE)
+                w1_new = _word(_cap(n1, most, most, most), inverse, half_step, _ENCODE)
             tl.store(wc + at * 2, w0_new, mask=ok)
             tl.store(wc + at * 2 + 1, w1_new, mask=ok)
             tl.store(ws + at, tl.where(amax < float("inf"), new_byte, 0x7F).to(tl.uint8), mask=ok)
             if COUNT:
-                old, new = (positive_scale(byte) * _BIG)[:, None], (positive_scale(new_byte) * _BIG)[:, None]
+                old, new = (scale * _UP)[:, None], (new_scale * _UP)[:, None]
                 rescaled = new_byte != byte
-                total = _count(total, decode_tiny(w0, lane) * old, n0, decode_tiny(w0_new, lane) * new, rescaled, ok)
-                total = _count(total, decode_tiny(w1, lane) * old, n1, decode_tiny(w1_new, lane) * new, rescaled, ok)
+                total = _count(total, _values(w0, lane, _DECODE) * old, n0, _values(w0_new, lane, _DECODE) * new, rescaled, ok)
+                total = _count(total, _values(w1, lane, _DECODE) * old, n1, _values(w1_new, lane, _DECODE) * new, rescaled, ok)
                 full += (ok & (new_byte == 0x7E)).to(tl.float32)
                 zero_w += (ok & (new_byte == 0)).to(tl.float32)
                 if PACKED:

@@ -20,9 +20,9 @@ try:
     from triton import constexpr_function
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 except ImportError:  # older ones have no Gluon, or another
-    gl = gluon = mma_v2 = constexpr_function = None
+    gl = gluon = mma_v2 = async_copy = constexpr_function = None
 
 WORDS = 512  # 32-bit words, of eight codes each, that one program decodes
 
@@ -61,9 +61,15 @@ def unpack(p: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """parts fp32 [P, ...] -> their sum [...] in `dtype`, rounded once, always added in the same order."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    rows = min(64, 1 << (len(parts) - 1).bit_length())  # of a tile of 2048
+    rows = min(256, 1 << (len(parts) - 1).bit_length())  # of a tile of 2048
     _sum_parts[(-(-out.numel() * rows // 2048),)](parts, out, out.numel(), len(parts), rows, 2048 // rows, num_warps=4)
     return out
+
+
+def pair_rows(x: Tensor, out: Tensor) -> None:
+    """x [n, cols] bf16 -> out [pairs, cols, 2]: rows 2 p and 2 p + 1 side by side, zeros beyond n."""
+    n, cols = x.shape
+    _pair_rows[(-(-cols // 1024), len(out))](x, out, n, cols, C=1024, num_warps=4)
 
 
 assert BLOCK == 16, "two words share a block scale"
@@ -82,71 +88,6 @@ if triton is not None:
         return signed.to(tl.float32, bitcast=True)
 
     @triton.jit
-    def positive_scale(byte):
-        """E4M3 bytes 0..0x7E as int32 -> fp32."""
-        normal = ((byte << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-        return tl.where(byte < 8, byte.to(tl.float32) * 0.001953125, normal)
-
-    @triton.jit
-    def floor_scale(x):
-        """The byte, as int32, of the largest E4M3 number that is at most x >= 0; beyond 448 it is no E4M3 byte."""
-        return tl.where(x < 0.015625, (x * 512.0).to(tl.int32), (x.to(tl.int32, bitcast=True) >> 20) - (120 << 3))
-
-    @triton.jit
-    def decode_tiny(word, lane):
-        """Words [N] of eight codes -> [N, 8] fp32, 2^-126 of their values; lane = 0..7."""
-        top = word[:, None] << (28 - 4 * lane)[None, :]  # the shift that keeps the sign takes the magnitude to 22..24
-        return ((top >> 6) & -2118123520).to(tl.float32, bitcast=True)  # 0x81C00000
-
-    @triton.jit
-    def decode_root(word, lane):
-        """Words [N] of eight codes without a sign -> [N, 8] fp32, a code 0 as a quarter: those of sqrt(v) (`train.state`).
-
-        A byte permutation looks up four at once: the upper bytes of their values in half precision. The lanes are not read;
-        without them Triton would compute the first and take it for all.
-        """
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, lo, hi; .reg .b16 x0, x1, x2, x3, x4, x5, x6, x7;
-            and.b32 a, $8, 0x77777777; shr.u32 b, a, 16; mov.b32 lo, 0x3E3C3834; mov.b32 hi, 0x46444240;
-            prmt.b32 a, lo, hi, a; prmt.b32 b, lo, hi, b;
-            prmt.b32 lo, a, 0, 0x1404; prmt.b32 hi, a, 0, 0x3424; mov.b32 {x0, x1}, lo; mov.b32 {x2, x3}, hi;
-            prmt.b32 lo, b, 0, 0x1404; prmt.b32 hi, b, 0, 0x3424; mov.b32 {x4, x5}, lo; mov.b32 {x6, x7}, hi;
-            cvt.f32.f16 $0, x0; cvt.f32.f16 $1, x1; cvt.f32.f16 $2, x2; cvt.f32.f16 $3, x3;
-            cvt.f32.f16 $4, x4; cvt.f32.f16 $5, x5; cvt.f32.f16 $6, x6; cvt.f32.f16 $7, x7; }""",
-            "=f,=f,=f,=f,=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [word[:, None], lane[None, :]],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=8,
-        )
-
-    @triton.jit
-    def _keep(a, b):
-        return a
-
-    @triton.jit
-    def join(t):
-        """The top four bits of t [N, 8] -> words [N]. A funnel shift puts each nibble under those before it."""
-        word = tl.inline_asm_elementwise(
-            """{ .reg .b32 a;
-            shf.l.wrap.b32 a, $15, $15, 4; shf.l.wrap.b32 a, $14, a, 4; shf.l.wrap.b32 a, $13, a, 4;
-            shf.l.wrap.b32 a, $12, a, 4; shf.l.wrap.b32 a, $11, a, 4; shf.l.wrap.b32 a, $10, a, 4;
-            shf.l.wrap.b32 a, $9, a, 4; shf.l.wrap.b32 $0, $8, a, 4;
-            mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; mov.b32 $4, 0; mov.b32 $5, 0; mov.b32 $6, 0; mov.b32 $7, 0; }""",
-            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r",
-            [t],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=8,
-        )
-        return tl.reduce(word, 1, _keep)  # the other seven are 0, and nothing is read of them
-
-    @triton.jit
-    def join_signed(t, x):
-        """Codes in bits 28..30 of t, whose bit 31 is 0, and the signs of x, fp32, both [N, 8] -> words [N]."""
-        return join(t | (x.to(tl.int32, bitcast=True) & -2147483648))
-
-    @triton.jit
     def _sum_parts(parts, out, size, count, R: tl.constexpr, N: tl.constexpr):
         at, part = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, R)
         total = tl.zeros((R, N), tl.float32)
@@ -154,6 +95,14 @@ if triton is not None:
             inside = (start + part < count)[:, None] & (at < size)[None, :]
             total += tl.load(parts + (start + part).to(tl.int64)[:, None] * size + at[None, :], mask=inside, other=0.0)
         tl.store(out + at, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=at < size)
+
+    @triton.jit(do_not_specialize=["n"])
+    def _pair_rows(x, out, n, cols, C: tl.constexpr):
+        at, row = tl.program_id(0) * C + tl.arange(0, C), 2 * tl.program_id(1)
+        first = tl.load(x + row * cols + at, mask=(at < cols) & (row < n), other=0.0)
+        second = tl.load(x + (row + 1) * cols + at, mask=(at < cols) & (row + 1 < n), other=0.0)
+        both = (tl.program_id(1) * cols + at)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(out + both, tl.join(first, second), mask=(at < cols)[:, None])
 
     @triton.jit
     def mix(x):

@@ -153,7 +153,7 @@ if kernels.gl is not None:
         return layout
 
     @gluon.jit
-    def _index(SIZE: gl.constexpr, DIM: gl.constexpr, RANK: gl.constexpr, LAYOUT: gl.constexpr):
+    def axis_index(SIZE: gl.constexpr, DIM: gl.constexpr, RANK: gl.constexpr, LAYOUT: gl.constexpr):
         """0..SIZE-1 along one dimension of RANK."""
         i = gl.arange(0, SIZE, layout=_along(DIM, RANK, LAYOUT))
         for d in gl.static_range(RANK):
@@ -230,12 +230,12 @@ if kernels.gl is not None:
         first = gl.program_id(0) * 16
         L_CODES: gl.constexpr = gl.SliceLayout(5, L_VALUES)
         L_SCALES: gl.constexpr = gl.SliceLayout(4, L_CODES)
-        word = _index(4, 2, 5, L_CODES) * 4 + _index(2, 3, 5, L_CODES) * 2 + _index(2, 4, 5, L_CODES)
-        code_at = (first + _index(16, 1, 5, L_CODES)) * (cols // 8) + word
-        scale_at = _index(4, 2, 4, L_SCALES) * 2 + _index(2, 3, 4, L_SCALES)
-        scale_at = (first + _index(16, 1, 4, L_SCALES)) * (cols // 16) + scale_at
-        x_at = gl.minimum(_index(N, 1, 4, L_X), n - 1) * cols + _index(4, 2, 4, L_X) * 32 + _index(32, 3, 4, L_X)
-        chunk = _index(W, 0, 5, L_CODES), _index(W, 0, 4, L_SCALES), _index(W, 0, 4, L_X)
+        word = axis_index(4, 2, 5, L_CODES) * 4 + axis_index(2, 3, 5, L_CODES) * 2 + axis_index(2, 4, 5, L_CODES)
+        code_at = (first + axis_index(16, 1, 5, L_CODES)) * (cols // 8) + word
+        scale_at = axis_index(4, 2, 4, L_SCALES) * 2 + axis_index(2, 3, 4, L_SCALES)
+        scale_at = (first + axis_index(16, 1, 4, L_SCALES)) * (cols // 16) + scale_at
+        x_at = gl.minimum(axis_index(N, 1, 4, L_X), n - 1) * cols + axis_index(4, 2, 4, L_X) * 32 + axis_index(32, 3, 4, L_X)
+        chunk = axis_index(W, 0, 5, L_CODES), axis_index(W, 0, 4, L_SCALES), axis_index(W, 0, 4, L_X)
         acc = gl.zeros((W, 16, N), gl.float32, MMA)
         for start in range(0, cols // 128, W * U):
             flight = ()  # type: Any
@@ -249,7 +249,7 @@ if kernels.gl is not None:
             for u in gl.static_range(U):
                 code, scale, x = flight[u]
                 scale = gl.expand_dims(gl.expand_dims(_scales(scale), 4), 5)
-                w = _decode_row(gl.expand_dims(code, 5), scale, _index(8, 5, 6, L_VALUES))
+                w = _decode_row(gl.expand_dims(code, 5), scale, axis_index(8, 5, 6, L_VALUES))
                 w = gl.reshape(gl.permute(gl.reshape(w, (W, 16, 4, 4, 8)), (0, 1, 3, 2, 4)), (W, 16, 128))
                 x = gl.permute(gl.reshape(x, (W, N, 4, 4, 2, 4)), (0, 3, 2, 5, 4, 1))
                 x = gl.reshape(x, (W, 128, N))  # in the order that the codes come in
@@ -257,8 +257,8 @@ if kernels.gl is not None:
                 acc = mma_v2(w, gl.convert_layout(x, gl.DotOperandLayout(1, MMA, 8)), acc)
         y = _rescaled(gl.sum(acc, axis=0), second, SECOND)
         L: gl.constexpr = y.type.layout
-        token = _index(N, 1, 2, L)
-        at = token * rows + first + _index(16, 0, 2, L)
+        token = axis_index(N, 1, 2, L)
+        at = token * rows + first + axis_index(16, 0, 2, L)
         gl.store(out + at, y.to(gl.bfloat16), mask=at * 0 + token < n)
 
     @gluon.jit
@@ -281,12 +281,12 @@ if kernels.gl is not None:
         part = gl.program_id(1)
         L_CODES: gl.constexpr = gl.SliceLayout(4, L_VALUES)
         L_SCALES: gl.constexpr = gl.SliceLayout(3, L_CODES)
-        line = _index(W, 0, 5, L_CODES) * 16 + _index(8, 1, 5, L_CODES) * 2 + _index(2, 4, 5, L_CODES)
-        code_at = first // 8 + _index(8, 2, 5, L_CODES) * 2 + _index(2, 3, 5, L_CODES)
-        line_scale = _index(W, 0, 4, L_SCALES) * 16 + _index(8, 1, 4, L_SCALES) * 2 + _index(2, 3, 4, L_SCALES)
-        scale_at = first // 16 + _index(8, 2, 4, L_SCALES)
-        line_dy = _index(W, 0, 3, L_DY) * 16 + _index(16, 2, 3, L_DY)
-        dy_at = gl.minimum(_index(N, 1, 3, L_DY), n - 1) * rows
+        line = axis_index(W, 0, 5, L_CODES) * 16 + axis_index(8, 1, 5, L_CODES) * 2 + axis_index(2, 4, 5, L_CODES)
+        code_at = first // 8 + axis_index(8, 2, 5, L_CODES) * 2 + axis_index(2, 3, 5, L_CODES)
+        line_scale = axis_index(W, 0, 4, L_SCALES) * 16 + axis_index(8, 1, 4, L_SCALES) * 2 + axis_index(2, 3, 4, L_SCALES)
+        scale_at = first // 16 + axis_index(8, 2, 4, L_SCALES)
+        line_dy = axis_index(W, 0, 3, L_DY) * 16 + axis_index(16, 2, 3, L_DY)
+        dy_at = gl.minimum(axis_index(N, 1, 3, L_DY), n - 1) * rows
         acc = gl.zeros((W, 128, N), gl.float32, MMA)
         for step in range(part * each, part * each + each, U):
             flight = ()  # type: Any
@@ -300,14 +300,14 @@ if kernels.gl is not None:
             for u in gl.static_range(U):
                 code, scale, dy = flight[u]
                 scale = gl.expand_dims(gl.expand_dims(_scales(scale), 3), 4)
-                w = _decode_rows(gl.expand_dims(code, 4), scale, _index(8, 4, 6, L_VALUES) + _index(2, 5, 6, L_VALUES))
+                w = _decode_rows(gl.expand_dims(code, 4), scale, axis_index(8, 4, 6, L_VALUES) + axis_index(2, 5, 6, L_VALUES))
                 w = gl.reshape(gl.permute(w, (0, 3, 4, 2, 1, 5)), (W, 128, 16))
                 w = gl.convert_layout(w, gl.DotOperandLayout(0, MMA, 2))
                 dy = gl.convert_layout(gl.permute(dy, (0, 2, 1)), gl.DotOperandLayout(1, MMA, 2))
                 acc = mma_v2(w, dy, acc)
         y = _rescaled(gl.sum(acc, axis=0), second, SECOND)
         L: gl.constexpr = y.type.layout
-        token, col = _index(N, 1, 2, L), _index(128, 0, 2, L)
+        token, col = axis_index(N, 1, 2, L), axis_index(128, 0, 2, L)
         col = first + (col % 8) * 16 + col // 8  # a thread's sixteen elements are rows of the sums that lie eight apart
         at = (part * n + token) * cols + col
         gl.store(sums + at, y, mask=at * 0 + token < n)

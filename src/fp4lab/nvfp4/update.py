@@ -17,10 +17,16 @@ per-tensor second-level scale never moves: such a block clips. An unchanged tens
 import torch
 from torch import Tensor
 
-from fp4lab.nvfp4.codec import E2M1_MAX, E4M3_MAX, encode_e2m1, encode_e4m3, nibbles
+from fp4lab.nvfp4.codec import E2M1_MAX, E4M3_MAX, E4M3_NORMAL, E4M3_TINY, encode_e2m1, encode_e4m3, nibbles
 from fp4lab.nvfp4.packed import BLOCK, PackedTensor
 
+# Of a hash, for eight elements, their block and the block's other eight: odd, random bits (`train.noise`).
+LANES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09, 0x8CB92BA7)
+SECOND_WORD = 0xA3D95FA7
+MOMENT_LANES = (0x7F4A7C15, 0x94D049BB, 0xBF58476D, 0xD1B54A33)  # the same for m's block and its scale, for v's and its
+HASH_BITS = 0xFFFFF000  # of the hash: then a code's position and the noise below it never add up to the next power of two
 _TOP, _NAN, _HALF = 0x7E, 0x7F, 8  # bytes of 448 and NaN; one exponent step
+_FRACTION = 1 << 20  # of an E4M3 step, in the bits of a float
 _EXACT_HALF = 2 * _HALF  # normal numbers from here on stay normal when halved
 
 
@@ -56,6 +62,38 @@ def update_stochastic(x: Tensor, old: PackedTensor, noise: Tensor, block_noise: 
     return PackedTensor(
         nibbles(codes), new_byte.view(torch.float8_e4m3fn), _shaped(second, old), (rows, old.shape[-1]), old.divide
     )
+
+
+def pack_stochastic(x: Tensor, bound: Tensor, noise: Tensor, scale_noise: Tensor) -> PackedTensor:
+    """x, fp32 [rows, cols], as a running mean is stored: under second-level scales `bound` [rows, 1] that are given, each value
+    right on average. Rounded to nearest, a mean that moves by less than half a step a time would never move.
+
+    Values are taken in units of their block's exact scale, a sixth of its largest, and rounded; so is the scale, by noise of
+    its own. A product of two that are right on average is so too, nothing clips, and a block that grows or shrinks by little
+    keeps its codes. Scales are at least 2^-9, and values below that in units of it.
+
+    noise        uniform in [0, 1), [rows, padded cols / 16]: one number for the values of a block, which go up or down together
+    scale_noise  the same for block scales
+    """
+    rows, cols = x.shape
+    padded = noise.shape[1] * BLOCK
+    if cols != padded:
+        x = torch.nn.functional.pad(x, (0, padded - cols))
+    blocks = x.view(rows, -1, BLOCK)
+    amax = blocks.abs().amax(dim=-1)
+    wanted = torch.where(bound > 0, amax / E2M1_MAX / bound, 0.0)  # 0 says that all is 0
+    byte = _scale_byte(wanted.nan_to_num(E4M3_MAX), (scale_noise * _FRACTION).to(torch.int32))
+    inverse = torch.minimum(E2M1_MAX / amax, torch.where(bound > 0, 1 / (E4M3_TINY * bound), 0.0))
+    codes = encode_e2m1(blocks * inverse.unsqueeze(-1), "stochastic", noise.unsqueeze(-1))
+    return PackedTensor(nibbles(codes), byte.view(torch.float8_e4m3fn), bound, (rows, cols))
+
+
+def _scale_byte(x: Tensor, fraction: Tensor) -> Tensor:
+    """E4M3 bytes of x >= 0, at least 2^-9: x plus so many 2^20ths of its step, cut off. Below 2^-6 steps are those of 2^-6."""
+    small = x < E4M3_NORMAL
+    bits = torch.where(small, x + E4M3_NORMAL, x).clamp(max=E4M3_MAX).view(torch.int32) + fraction
+    byte = (bits >> 20) - torch.where(small, 968, 960)
+    return byte.clamp(1, _TOP).to(torch.uint8)
 
 
 def _make_room(blocks: Tensor, byte: Tensor, old: PackedTensor) -> tuple[Tensor | None, Tensor]:

@@ -30,7 +30,7 @@ from fp4lab.nvfp4 import BLOCK, PackedTensor, count_changed, keep_zero_signs, pa
 from fp4lab.nvfp4.packed import matrix_shape
 from fp4lab.train import residual
 from fp4lab.train.health import Health
-from fp4lab.train.noise import dither, key, round_bfloat16
+from fp4lab.train.noise import dither, key, moment_noise, round_bfloat16
 from fp4lab.train.state import Moment, named_parts, write_rows
 
 E4M3_NAN = 0x7F
@@ -164,6 +164,13 @@ class ParameterState:
         padded = -(-self.cols // BLOCK) * BLOCK
         return dither(key(self.options.seed, step, self.index), start, stop, padded, device)[0][:, : self.cols]
 
+    def moment_noise(self, step: int, start: int, stop: int, device: torch.device) -> tuple[Tensor, ...]:
+        """For m, its scales, v, and its scales, where moments are rounded by it."""
+        if self.m.format != "nvfp4_two_level":
+            return ()
+        padded = -(-self.cols // BLOCK) * BLOCK
+        return moment_noise(key(self.options.seed, step, self.index), start, stop, padded, device)
+
     def _first_residual(self, codes: PackedTensor, start: Tensor | None) -> Tensor:
         """What the codes lack of an unquantised weight; nothing of one that is their own value in a float's rounding."""
         if start is None or torch.equal(start, unpack(codes, start.dtype)):
@@ -212,8 +219,9 @@ def update_rows(s: ParameterState, grad: Tensor, first: int, step: int, lr: floa
         new = w * (1 - lr * o.weight_decay) - lr * update
         after, rescaled, changed = s.write(start, stop, new, step)
         largest = g.abs().amax(dim=1, keepdim=True)
-        s.m.write(start, stop, m, largest)
-        s.v.write(start, stop, v, largest)
+        noise = s.moment_noise(step, start, stop, g.device)
+        s.m.write(start, stop, m, largest, noise[:2])
+        s.v.write(start, stop, v, largest, noise[2:])
         health.update(update)
         if not s.high_precision:  # floats that always move would hide packed weights that never do
             health.weights(w, new, after, rescaled, changed)

@@ -23,7 +23,7 @@ from fp4lab.events import StateHealth
 from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.model.linears import ConsumingEmbedding, ConsumingLinear
 from fp4lab.model.qwen3 import Qwen3
-from fp4lab.nvfp4 import PackedTensor, matmul, matmul_back
+from fp4lab.nvfp4 import PackedTensor, adamw_product, matmul, matmul_back, product_kernel
 from fp4lab.train import head_kernel
 from fp4lab.train.adamw import AdamWOptions, ParameterState, count_blocks, update_rows
 from fp4lab.train.batches import IGNORE
@@ -54,7 +54,7 @@ class FusedAdamW:
         frozen: frozenset[str] = frozenset(),
     ):
         dense = dense or {}
-        self.options, self.t, self.after_each = options, 0, after_each
+        self.options, self.t, self.after_each, self.dtype = options, 0, after_each, model.dtype
         if not isinstance(model.model.embed_tokens, ConsumingEmbedding):
             raise ValueError("the model keeps gradients: build it with step=fused")
         self.count = True  # whether the step that begins counts what becomes of the weights
@@ -113,7 +113,12 @@ class FusedAdamW:
         joined = sum(len(names) for names in self._joint)
         text = f"one Triton kernel updates each of {len(self._taken)} matrices"
         text += f", {joined} of them joined to {len(self._joint)}" if joined else ""
-        text += f", one sweep {len(vectors)} vectors"
+        alone = self._taken.difference(*self._joint)
+        whole: list[Joint | ParameterState] = [*self._joint.values(), *(self.states[n] for n in alone)]
+        reasons = [self.fast.why_not_product(x, self.dtype) for x in whole]
+        text += f", and makes the gradient of up to {adamw_product.TOKENS} tokens for {reasons.count(None)} of {len(whole)}"
+        text += "".join(f" (else: {why})" for why in sorted({r for r in reasons if r is not None}))
+        text += f"; one sweep {len(vectors)} vectors"
         text += f"; {len(self.beside)} streams beside the backward's" if len(self.beside) else "; all on one stream"
         left = [n for n in self.states if n not in self._taken and n not in vectors]
         return text + "".join(f"; {n}: plain torch, {self.fast.why_not(self.states[n])}" for n in left)
@@ -175,6 +180,13 @@ class FusedAdamW:
             self._product(names, dy, x)
 
     def _product(self, names: tuple[str, ...], dy: Tensor, x: Tensor) -> None:
+        if self.fast is not None and self._taken.issuperset(names):
+            target = self._joint.get(names) or self.states[names[0]]
+            if (names in self._joint or len(names) == 1) and self.fast.why_not_product(target, x.dtype, len(x)) is None:
+                self.fast.update_product(target, dy, x)
+                for name in names:
+                    self._note(name)
+                return
         grad = dy.T @ x
         if self.fast is not None and names in self._joint:
             self.fast.update_joint(self._joint[names], grad)
@@ -183,6 +195,12 @@ class FusedAdamW:
             return
         for name, rows in zip(names, grad.split([self.states[n].rows for n in names]), strict=True):
             self.consume(name, rows)
+
+    def _is_few(self, state: ParameterState, dtype: torch.dtype, n: int) -> bool:
+        """Whether the gradient of n tokens need not be made for this parameter's update."""
+        if self.fast is None or state.name not in self._taken:
+            return False
+        return self.fast.why_not_product(state, dtype, n) is None
 
     @torch.no_grad()
     def update_vectors(self) -> None:
@@ -228,12 +246,20 @@ class FusedAdamW:
         share = counts.reshape(-1).float() / counts.sum()
         return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), share, self)
 
+    def takes_head_product(self, head: "Head") -> bool:
+        """Whether the head is updated with `Head.whole` instead of with its gradient."""
+        name = EMBEDDING if self.tied else HEAD
+        return self._head_learns and self._is_few(self.states[name], head.hidden.dtype, len(head.hidden))
+
     def take_head(self, head: "Head") -> None:
         """The backward of the loss: an untied head is updated now, a tied one with the lookup."""
         if not self._head_learns:
             return
         if self.tied:
             self._later.append(head)
+            return
+        if head.whole is not None:
+            self.consume_product((HEAD,), head.whole, head.hidden)
             return
         for start, stop in head.pieces():
             self.consume(HEAD, head.grad(start, stop), start)
@@ -242,19 +268,32 @@ class FusedAdamW:
     def _consume_lookup(self, ids: Tensor, rows: Tensor) -> None:
         state = self.states[EMBEDDING]
         heads, self._later = self._later, []
+        wholes = [head.whole for head in heads if head.whole is not None]
+        if len(wholes) == len(heads) and self._is_few(state, rows.dtype, len(ids) + sum(map(len, wholes))):
+            # a token more for each: its row's gradient times 1 in the row that was looked up
+            own = (ids.unsqueeze(1) == torch.arange(state.rows, device=ids.device)).to(rows.dtype)
+            dy, x = torch.cat([*wholes, own]), torch.cat([*(head.hidden for head in heads), rows])
+            self.consume_product((EMBEDDING,), dy, x)
+            return
+
+        fast = self.fast is not None and head_kernel.take(rows)
+        ordered, order = ids.sort(stable=True) if fast else (ids, ids)
 
         def piece(start: int, stop: int) -> None:
             grads = [head.grad(start, stop) for head in heads]
             grad = sum(grads[1:], grads[0]) if grads else rows.new_zeros(stop - start, state.cols)
-            here = (ids >= start) & (ids < stop)
-            grad.index_add_(0, (ids - start).clamp_(0, stop - start - 1), rows * here.unsqueeze(1))
+            if fast:
+                head_kernel.add_rows_(grad, start, ordered, order, rows)
+            else:
+                here = (ids >= start) & (ids < stop)
+                grad.index_add_(0, (ids - start).clamp_(0, stop - start - 1), rows * here.unsqueeze(1))
             self.consume(EMBEDDING, grad, start)
 
         kept = [t for head in heads for t in (head.hidden, head.targets, head.lse, head.scale)]
         for start in range(0, state.rows, VOCABULARY_CHUNK):
             work = functools.partial(piece, start, min(start + VOCABULARY_CHUNK, state.rows))
             if self.fast is not None and EMBEDDING in self._taken:
-                self.beside.run(work, ids, rows, *kept)
+                self.beside.run(work, ordered, order, rows, *kept)
             else:
                 work()
 
@@ -272,11 +311,14 @@ class Head:
     lse: Tensor
     scale: Tensor
     fast: bool
+    whole: Tensor | None = None  # `logit_grad` of all rows, of few positions, once it was made
 
     def pieces(self) -> Iterator[tuple[int, int]]:
+        """Rows [start, stop) that are multiplied at a time: all of them where they are not decoded first."""
         rows = self.weight.shape[0]
-        for start in range(0, rows, VOCABULARY_CHUNK):
-            yield start, min(start + VOCABULARY_CHUNK, rows)
+        step = VOCABULARY_CHUNK if product_kernel.why_not(self.weight, self.hidden.dtype, len(self.hidden)) else rows
+        for start in range(0, rows, step):
+            yield start, min(start + step, rows)
 
     def logits(self, start: int, stop: int) -> Tensor:
         """Of rows start..stop, [N, stop - start] in the compute dtype."""
@@ -330,7 +372,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head: Head = ctx.head
         head.scale = (dloss * ctx.share).unsqueeze(1).contiguous()
         dx = torch.zeros_like(head.hidden, dtype=torch.float32)
+        few, kept = ctx.optimizer.takes_head_product(head), list[Tensor]()
         for start, stop in head.pieces():
-            dx += matmul_back(head.logit_grad(start, stop), head.weight.rows(start, stop)).float()
+            grad = head.logit_grad(start, stop)
+            dx += matmul_back(grad, head.weight.rows(start, stop)).float()
+            if few:
+                kept.append(grad)
+        head.whole = torch.cat(kept, dim=1) if few else None
         ctx.optimizer.take_head(head)
         return dx.to(head.hidden.dtype), None, None, None

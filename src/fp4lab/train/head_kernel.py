@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fp4lab.nvfp4 import kernels
 
+WIDTH = 8192  # logits of a position that one program takes
+
 
 def take(x: Tensor) -> bool:
     """Whether these kernels run for logits like x."""
@@ -20,38 +22,71 @@ def add_chunk(logits: Tensor, targets: Tensor, start: int, lse: Tensor, right: T
     lse    log of the sum of exponentials of the chunks so far; right: the target's logit, once its chunk was there
     """
     n, cols = logits.shape
-    width = kernels.triton.next_power_of_2(cols)
-    _add_chunk[(n,)](logits, targets, lse, right, start, cols, C=width, num_warps=8)
+    parts = -(-cols // WIDTH)
+    each = torch.empty(n, parts, dtype=torch.float32, device=logits.device)
+    _sum_part[(n, parts)](logits, targets, each, right, start, cols, parts, C=WIDTH, num_warps=8)
+    _add_parts[(n,)](each, lse, parts, C=kernels.triton.next_power_of_2(parts), num_warps=1)
 
 
 def softmax_grad_(logits: Tensor, targets: Tensor, start: int, lse: Tensor, scale: Tensor) -> Tensor:
     """(softmax - one-hot) * scale, written over the logits [N, C]; scale [N, 1] fp32."""
     n, cols = logits.shape
-    width = kernels.triton.next_power_of_2(cols)
-    _softmax_grad[(n,)](logits, targets, lse, scale, start, cols, C=width, num_warps=8)
+    _softmax_grad[(n, -(-cols // WIDTH))](logits, targets, lse, scale, start, cols, C=WIDTH, num_warps=8)
     return logits
+
+
+def add_rows_(grad: Tensor, start: int, ids: Tensor, order: Tensor, rows: Tensor) -> None:
+    """Adds each of rows [N, H] to that row of grad [C, H], the ids from `start` on, which its id names, if it is there.
+
+    ids [N] ascending, order [N] the rows they belong to. Rows of one id are added up in fp32, in that order: the same bits
+    every time, as those of index_add_ are not.
+    """
+    n, width = rows.shape
+    _add_rows[(n,)](grad, ids, order, rows, start, len(grad), n, width, H=kernels.triton.next_power_of_2(width), num_warps=4)
 
 
 if kernels.triton is not None:
     from fp4lab.nvfp4.kernels import tl, triton
 
     @triton.jit(do_not_specialize=["start"])
-    def _add_chunk(logits, targets, lse, right, start, cols, C: tl.constexpr):
-        row, at = tl.program_id(0), tl.arange(0, C)
+    def _sum_part(logits, targets, each, right, start, cols, parts, C: tl.constexpr):
+        row, part = tl.program_id(0), tl.program_id(1)
+        at = part * C + tl.arange(0, C)
         x = tl.load(logits + row.to(tl.int64) * cols + at, mask=at < cols, other=float("-inf")).to(tl.float32)
         top = tl.max(x, axis=0)
-        here, before = top + tl.log(tl.sum(tl.exp(x - top), axis=0)), tl.load(lse + row)
-        most = tl.maximum(here, before)
-        tl.store(lse + row, most + tl.log(tl.exp(here - most) + tl.exp(before - most)))
+        tl.store(each + row * parts + part, top + tl.log(tl.sum(tl.exp(x - top), axis=0)))
         target = (tl.load(targets + row) - start).to(tl.int32)
         found = tl.sum(tl.where(at == target, x, 0.0), axis=0)
-        tl.store(right + row, found, mask=(target >= 0) & (target < cols))
+        tl.store(right + row, found, mask=(target >= part * C) & (target < tl.minimum(part * C + C, cols)))
+
+    @triton.jit
+    def _add_parts(each, lse, parts, C: tl.constexpr):
+        row, at = tl.program_id(0), tl.arange(0, C)
+        x = tl.load(each + row * parts + at, mask=at < parts, other=float("-inf"))
+        before = tl.load(lse + row)
+        most = tl.maximum(tl.max(x, axis=0), before)
+        tl.store(lse + row, most + tl.log(tl.sum(tl.exp(x - most), axis=0) + tl.exp(before - most)))
 
     @triton.jit(do_not_specialize=["start"])
     def _softmax_grad(logits, targets, lse, scale, start, cols, C: tl.constexpr):
-        row, at = tl.program_id(0), tl.arange(0, C)
+        row, at = tl.program_id(0), tl.program_id(1) * C + tl.arange(0, C)
         place = logits + row.to(tl.int64) * cols + at
         x = tl.load(place, mask=at < cols, other=float("-inf")).to(tl.float32)
         target = (tl.load(targets + row) - start).to(tl.int32)
         p = (tl.exp(x - tl.load(lse + row)) - (at == target).to(tl.float32)) * tl.load(scale + row)
         tl.store(place, p.to(logits.dtype.element_ty), mask=at < cols)
+
+    @triton.jit(do_not_specialize=["start", "count", "n"])
+    def _add_rows(grad, ids, order, rows, start, count, n, width, H: tl.constexpr):
+        first, column = tl.program_id(0), tl.arange(0, H)
+        name = tl.load(ids + first)
+        before = tl.load(ids + first - 1, mask=first > 0, other=-1)
+        at = name - start
+        if (before != name) & (at >= 0) & (at < count):
+            total = tl.load(grad + at * width + column, mask=column < width, other=0.0).to(tl.float32)
+            place = first
+            while (place < n) & (tl.load(ids + place, mask=place < n, other=-1) == name):
+                row = tl.load(order + place)
+                total += tl.load(rows + row * width + column, mask=column < width, other=0.0).to(tl.float32)
+                place += 1
+            tl.store(grad + at * width + column, total.to(grad.dtype.element_ty), mask=column < width)

@@ -2,8 +2,8 @@
 
 Rows know nothing of each other, so the rows of many matrices can be one matrix: the same numbers from a fifth of the kernels,
 which is what a small model on a GPU waits for. The price is a second copy of the packed weights and, for a moment, of the
-gradients. With rounding to nearest the result is that of `ChunkedAdamW` bit for bit; stochastic rounding is keyed by matrix
-and row, so its dither is another, as good, one.
+gradients. With rounding to nearest the result is that of `ChunkedAdamW` bit for bit; stochastic rounding, of weights or of
+two-level moments, is keyed by matrix and row, so its dither is another, as good, one.
 
 Linears are joined by width and kind of scales; they need no float parameter besides (`ParameterState` without an image), and
 the parameter's own value, which nothing reads, is left as it is. Norms are joined by width, as fp32.

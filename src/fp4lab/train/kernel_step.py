@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fp4lab.model.store import concat_rows
-from fp4lab.nvfp4 import PackedTensor, adamw_kernel, kernels, unpack
+from fp4lab.nvfp4 import PackedTensor, adamw_kernel, adamw_product, kernels, unpack
 from fp4lab.nvfp4.packed import BLOCK
 from fp4lab.train.adamw import AdamWOptions, ParameterState
 from fp4lab.train.noise import mix
@@ -28,6 +28,7 @@ class Joint:
         self.borders = stops[0], stops[1] if len(stops) == 3 else adamw_kernel.NEVER
         self.m, self.v = (self._join([s.m for s in self.states]), self._join([s.v for s in self.states]))
         first = self.states[0].index
+        self.index = first
         assert [s.index for s in self.states] == list(range(first, first + len(self.states))), "the dither goes by it"
 
     def _join(self, moments: list[Moment]) -> "PackedTensor | Tensor":
@@ -103,6 +104,38 @@ class KernelStep:
         """All rows of several parameters; grad [rows, cols]. The bits of `update` of each."""
         held = joint.w, joint.m, joint.v, self.numbers, self.counts
         adamw_kernel.adamw(grad, *held, joint.states[0].index, 0, self._constants, self.count, joint.borders)
+
+    def why_not_product(self, target: "ParameterState | Joint", dtype: torch.dtype, n: int = 1) -> str | None:
+        """Why the gradient of n tokens is made before `target`, which `why_not` has no objection to, is updated; or None."""
+        w, m, _ = _matrix(target)
+        if w.device.type != "cuda" or m.device.type != "cuda":
+            return "its state is on the host"
+        if isinstance(target, ParameterState) and target.image is not None:
+            return "it has a float image"
+        return adamw_product.why_not(w, m, self._constants, dtype, n)
+
+    def update_product(self, target: "ParameterState | Joint", dy: Tensor, x: Tensor) -> None:
+        """All rows, with the gradient dy^T x, where nothing speaks against it; dy [n, rows], x [n, cols]."""
+        w, m, v = _matrix(target)
+        assert isinstance(m, PackedTensor) and isinstance(v, PackedTensor)
+        index, borders = target.index, (adamw_kernel.NEVER, adamw_kernel.NEVER)
+        if isinstance(target, Joint):
+            borders = target.borders
+        numbers = self.numbers, self.counts
+        adamw_product.adamw_product(
+            dy.contiguous(), x.contiguous(), w, m, v, *numbers, index, 0, self._constants, self.count, borders
+        )
+
+
+Stored = PackedTensor | Tensor
+
+
+def _matrix(target: ParameterState | Joint) -> tuple[PackedTensor, Stored, Stored]:
+    if isinstance(target, Joint):
+        return target.w, target.m, target.v
+    w, m, v = target.packed, target.m.packed or target.m.data, target.v.packed or target.v.data
+    assert w is not None and m is not None and v is not None
+    return w, m, v
 
 
 def _rows(x: "PackedTensor | Tensor | None", start: int, stop: int) -> "PackedTensor | Tensor":

@@ -1,15 +1,16 @@
 """Random numbers that depend on (seed, step, tensor, row, column) and on nothing else: not on chunks, order or device.
 
-A 32-bit counter, one for every eight columns of a row, is hashed (Wellons' lowbias32) under a key of seed, step and tensor;
-the eight elements and the block of 16 take the top 19 bits of the hash times an odd number of their own. 19 bits, centred, are
-what fits beside a code's position in fp32 (`codec.encode_e2m1`): a change of 2e-6 of a step between two codes still has its
-chance. The same in Triton, whose integers have room for 28 bits (`nvfp4.adamw_kernel`).
+A 32-bit counter, one for every block of 16 columns of a row, is hashed (Wellons' lowbias32) under a key of seed, step and
+tensor. The sixteen elements and the block take the top 19 bits of 20 bits of the hash times an odd number of their own: 19
+bits, centred, are what fits beside a code's position in fp32 (`codec.encode_e2m1`), and a change of 2e-6 of a step between two
+codes still has its chance. The same in kernels, whose integers have room for the 20 (`nvfp4.adamw_product`).
 """
 
 import torch
 from torch import Tensor
 
-from fp4lab.nvfp4.adamw_kernel import LANES
+from fp4lab.nvfp4.packed import BLOCK
+from fp4lab.nvfp4.update import HASH_BITS, LANES, MOMENT_LANES, SECOND_WORD
 
 _MASK = 0xFFFFFFFF
 
@@ -17,12 +18,21 @@ _MASK = 0xFFFFFFFF
 def dither(key: int, start: int, stop: int, cols: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """For the rows start..stop of one tensor's field of `cols` (a multiple of 16) columns: fp32 in (0, 1),
     [stop - start, cols] for the elements and [stop - start, cols / 16] for the blocks."""
-    words = cols // 8
-    index = torch.arange(start * words, stop * words, device=device, dtype=torch.int64)
-    mixed = _mix((index & _MASK) ^ key).view(stop - start, words)
-    lanes = torch.tensor(LANES, device=device)
-    elements = _uniform(mixed.unsqueeze(-1) * lanes[:8])
-    return elements.view(stop - start, cols), _uniform(mixed[:, ::2] * lanes[8])
+    mixed = _hashes(key, start, stop, cols, device)
+    lanes = torch.tensor([*LANES[:8], *(lane * SECOND_WORD & _MASK for lane in LANES[:8])], device=device)
+    return _uniform(mixed.unsqueeze(-1) * lanes).view(stop - start, cols), _uniform(mixed * LANES[8])
+
+
+def moment_noise(key: int, start: int, stop: int, cols: int, device: torch.device | str) -> tuple[Tensor, ...]:
+    """The same for the blocks [stop - start, cols / 16] of m, their scales, those of v, and theirs."""
+    mixed = _hashes(key, start, stop, cols, device)
+    return tuple(_uniform(mixed * lane) for lane in MOMENT_LANES)
+
+
+def _hashes(key: int, start: int, stop: int, cols: int, device: torch.device | str) -> Tensor:
+    blocks = cols // BLOCK
+    index = torch.arange(start * blocks, stop * blocks, device=device, dtype=torch.int64)
+    return _mix((index & _MASK) ^ key).view(stop - start, blocks) & HASH_BITS
 
 
 def key(seed: int, step: int, tensor: int) -> int:

@@ -5,19 +5,20 @@ fp32, bf16       4, 2               as they are
 int8             1 + 4 a row        reference 5.4: per row max / 127, linear; v underflows against the row's maximum
 int8_block       1 + 4 a block      of 256: dynamic codes, as bitsandbytes (`int8_block`)
 nvfp4            0.5625             reference 5.4: bf16, then native NVFP4, single level; v underflows to 0
-nvfp4_two_level  0.5625 + 4 a row   one fp32 a row on top, so small rows keep their range; nearest
+nvfp4_two_level  0.5625 + 4 a row   one fp32 a row on top, so small rows keep their range; stochastic
 
 The second level of nvfp4_two_level is a bound on the row, known before any of its values: the running mean of the row's largest
 gradient, over 2688, which no running mean of its elements can exceed. A row's largest value would have to be found before
 the first one is stored, which costs a kernel a second pass; the bound is looser, and E4M3 has 17 powers of two to spare.
 There v is kept as sqrt(v), and zero codes are read as a quarter, the largest that rounds to them: otherwise v = 0 beside
-m != 0 makes a step of m / eps. The other formats keep v as the reference does.
+m != 0 makes a step of m / eps. Its rounding is stochastic: sqrt(v) moves by 1/2000 of itself in a step, and to nearest it would
+stand where its first steps put it. The other formats keep v as the reference does.
 """
 
 import torch
 from torch import Tensor
 
-from fp4lab.nvfp4 import BLOCK, PackedTensor, pack, unpack
+from fp4lab.nvfp4 import BLOCK, PackedTensor, pack, pack_stochastic, unpack
 from fp4lab.nvfp4.codec import E2M1_MAX, E4M3_MAX
 from fp4lab.train.int8_block import Int8Blocks
 
@@ -68,12 +69,13 @@ class Moment:
         value = self.data[start:stop].to(device).float()
         return value if self.scale is None else value * self.scale[start:stop].to(device)
 
-    def write(self, start: int, stop: int, value: Tensor, largest: Tensor) -> None:
-        """Stores fp32 rows, encoded where `value` lies; largest [stop - start, 1] is the largest |gradient| of each."""
+    def write(self, start: int, stop: int, value: Tensor, largest: Tensor, noise: tuple[Tensor, ...] = ()) -> None:
+        """Stores fp32 rows, encoded where `value` lies; largest [stop - start, 1] is the largest |gradient| of each, noise what
+        `nvfp4.pack_stochastic` takes."""
         if self.packed is not None:
             if self.format == "nvfp4_two_level":
                 bound = self._bound(self.packed.rows(start, stop).to(value.device), largest)
-                new = pack(value.sqrt() if self.root else value, "nearest", "row", global_scale=bound)
+                new = pack_stochastic(value.sqrt() if self.root else value, bound, *noise)
             else:
                 new = pack(value.to(torch.bfloat16), "native", "single")
             write_rows(self.packed, start, stop, new)
