@@ -64,6 +64,10 @@ def test_qwen3_4b(compose):
     chunked = estimate(QWEN3_4B, compose("model=qwen3_4b", "weights=random", "seq_len=8"), "bfloat16", "cuda", 527.0)
     # H200, 2026-11-24 (doc/benchmarks.md): 21328 MiB allocated at the peak; the context comes on top
     assert 0.97 < chunked.peak(False)[1] / (21328 + 527) < 1.0
+    common = ["model=qwen3_4b", "weights=random", "step=fused", "weights.embedding=nvfp4"]
+    for options, measured in (["seq_len=8"], 6603), (["seq_len=2048", "recompute=block"], 7621):  # H200, 2026-11-26
+        fused = estimate(QWEN3_4B, compose(*common, *options), "bfloat16", "cuda", 0.0)
+        assert 0.94 < fused.peak(False)[1] / measured < 1.01
     assert "step=chunked" in dict(cheaper(QWEN3_4B, config, "bfloat16", "cuda", False))
 
 

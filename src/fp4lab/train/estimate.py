@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp4lab.model.config import BLOCK, EMBEDDING, HEAD, Qwen3Config
+from fp4lab.nvfp4 import product_kernel
 from fp4lab.train.fused import VOCABULARY_CHUNK
 from fp4lab.train.int8_block import WIDTH
 
@@ -185,11 +186,18 @@ def _fused(
     yield from _activations(shape, config, size, trained=True)
     largest = max(r * c for r, c in shape.linears().values())
     pieces = VOCABULARY_CHUNK * shape.hidden_size
-    text = f"2 x {max(largest, pieces):,} x {size} bytes"
-    yield _row("one weight and its gradient", text, 2 * max(largest, pieces) * size, backward)
+    if not (device == "cuda" and _decodes_on_the_way(step, config)):
+        text = f"2 x {max(largest, pieces):,} x {size} bytes"
+        yield _row("one weight and its gradient", text, 2 * max(largest, pieces) * size, backward)
     widest = max(s[-1] for s in trained.values())
     scratch = _SCRATCH * step["chunk_rows"] * widest * 4
     yield _row("scratch of a chunk", f"{_SCRATCH} x {step['chunk_rows']} x {widest} x 4 bytes", scratch, backward)
+
+
+def _decodes_on_the_way(step: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether kernels make neither a dequantised weight nor a gradient: those of few tokens, in the default formats."""
+    formats = step["master"], step["state"]
+    return step["kernels"] and formats == ("packed_stochastic", "nvfp4_two_level") and _tokens(config) <= product_kernel.TOKENS
 
 
 _PROMPT = 32  # tokens a turn of a user is taken to have
@@ -243,8 +251,7 @@ def _activations(shape: Qwen3Config, config: dict[str, Any], size: int, trained:
     """What one forward keeps. A token of a layer: the norms' inputs and outputs in fp32 and `size`, q, k, v before and
     after their norm and rotation, the attention's output, gate, up and their product.
     """
-    rows = -(-config["task"]["batch_size"] // config["task"]["accumulate"]) if config["task"]["name"] == "tune" else 1
-    tokens = config["seq_len"] * rows
+    tokens = _tokens(config)
     h, q, kv, i = shape.hidden_size, shape.q_size, shape.kv_size, shape.intermediate_size
     each = (6 * h + 4 * q + 6 * kv + 4 * i) * size
     layers = (config["step"]["train_last_layers"] or shape.num_hidden_layers) if trained else 1
@@ -260,6 +267,12 @@ def _activations(shape: Qwen3Config, config: dict[str, Any], size: int, trained:
     width = min(shape.vocab_size, VOCABULARY_CHUNK) if config["step"]["name"] == "fused" else shape.vocab_size
     text = f"{tokens} tokens x {width:,} x {size + 4} bytes"
     yield _row("logits", text, tokens * width * (size + 4), phases)
+
+
+def _tokens(config: dict[str, Any]) -> int:
+    """Of one forward."""
+    rows = -(-config["task"]["batch_size"] // config["task"]["accumulate"]) if config["task"]["name"] == "tune" else 1
+    return config["seq_len"] * rows
 
 
 def _kept(linear: str, recompute: str) -> bool:
