@@ -1,9 +1,11 @@
-"""One AdamW update of Qwen3-4B's linears, gradients given: bytes a second of the packed kernel, beside torch's fused AdamW.
+"""One AdamW update of Qwen3-4B's linears: bytes a second of the packed kernels, beside torch's fused AdamW.
 
-python benchmarks/adamw_kernel.py [--layers 6] [--repeat 20]
+python benchmarks/adamw_kernel.py [--layers 6] [--repeat 20] [--tokens 8,32]
 
 Layers of their own memory, so that nothing stays in a cache; a captured graph of all their updates is replayed; median.
-One JSON line for each. Bytes are those that must move: gradients read, state read and written.
+One JSON line for each. Bytes are those that must move: gradients read, state read and written. Lines with `tokens` begin
+with the two factors of the gradient, dy [tokens, out] and x [tokens, in]: the gradient's own bytes are not counted there, since
+they need not move (`gradient` says whether they do).
 """
 
 import argparse
@@ -40,38 +42,58 @@ def replay_ms(body: Callable[[], None], repeat: int) -> float:
     return statistics.median(times[3:])
 
 
-def ours(layers: int, repeat: int, **choices) -> dict:
-    options = AdamWOptions(**choices)
+def factors(shape: tuple[int, int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    dy, x = (torch.randn(tokens, n, device="cuda", dtype=torch.bfloat16) for n in shape)
+    return dy * 1e-3, x
+
+
+def ours(layers: int, repeat: int, master: str, state: str, tokens: int = 0, gradient: str = "given") -> dict:
+    options = AdamWOptions(master=master, state=state)
     states = [
         ParameterState(i, "w", None, pack(torch.randn(shape, device="cuda") * 0.02), options)
         for i, shape in enumerate(LAYER * layers)
     ]
-    grads = [torch.randn(s.rows, s.cols, device="cuda", dtype=torch.bfloat16) * 1e-3 for s in states]
     fast = KernelStep(options, states[0].device)
+    fast.count = False
     fast.set(1, 1e-5)
+    parts = [factors((s.rows, s.cols), tokens) for s in states] if tokens else []
+    grads = [torch.randn(s.rows, s.cols, device="cuda", dtype=torch.bfloat16) * 1e-3 for s in states if not tokens]
 
     def body() -> None:
-        for s, g in zip(states, grads, strict=True):
+        for s, g in zip(states, grads, strict=False):
             fast.update(s, g, 0)
+        for s, (dy, x) in zip(states, parts, strict=False):
+            if gradient == "made on the way":
+                fast.update_product(s, dy, x)
+            else:
+                fast.update(s, dy.T @ x, 0)
 
     kept = sum(t.numel() * t.element_size() for s in states for _, t in s.tensors())
-    return {"peer": "fp4lab", **choices, **result(replay_ms(body, repeat), grads, 2 * kept)}
+    numbers = sum(s.rows * s.cols for s in states)
+    moved = 2 * kept + (0 if tokens else 2 * numbers)
+    about = {"tokens": tokens, "gradient": gradient} if tokens else {}
+    return {"peer": "fp4lab", **about, "master": master, "state": state, **result(replay_ms(body, repeat), numbers, moved)}
 
 
-def torch_fused(layers: int, repeat: int) -> dict:
+def torch_fused(layers: int, repeat: int, tokens: int = 0) -> dict:
     parameters = [torch.nn.Parameter(torch.randn(s, device="cuda", dtype=torch.bfloat16)) for s in LAYER * layers]
+    parts = [factors((p.shape[0], p.shape[1]), tokens) for p in parameters] if tokens else []
     for p in parameters:
         p.grad = torch.randn_like(p)
     adamw = torch.optim.AdamW(parameters, lr=1e-5, fused=True, capturable=True)
-    return {
-        "peer": "torch-adamw-fused-bf16",
-        **result(replay_ms(adamw.step, repeat), parameters, 12 * sum(p.numel() for p in parameters)),
-    }
+
+    def body() -> None:
+        for p, (dy, x) in zip(parameters, parts, strict=False):
+            torch.mm(dy.T, x, out=p.grad)
+        adamw.step()
+
+    numbers = sum(p.numel() for p in parameters)
+    about = {"tokens": tokens, "gradient": "kept"} if tokens else {}
+    moved = (12 if tokens else 14) * numbers
+    return {"peer": "torch-adamw-fused-bf16", **about, **result(replay_ms(body, repeat), numbers, moved)}
 
 
-def result(ms: float, grads: list, moved: int) -> dict:
-    numbers = sum(g.numel() for g in grads)
-    total = moved + 2 * numbers
+def result(ms: float, numbers: int, total: int) -> dict:
     return {
         "parameters": numbers,
         "ms": round(ms, 3),
@@ -87,16 +109,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--tokens", type=lambda x: [int(n) for n in x.split(",")], default=[8, 32])
     args = parser.parse_args()
-    for choices in (
-        {"master": "packed_stochastic", "state": "nvfp4_two_level"},
-        {"master": "packed", "state": "nvfp4_two_level"},
-        {"master": "packed_stochastic", "state": "bf16"},
-        {"master": "packed_stochastic", "state": "fp32"},
-    ):
-        print(json.dumps(ours(args.layers, args.repeat, **choices)), flush=True)
+    default = "packed_stochastic", "nvfp4_two_level"
+    for kind in (default, ("packed", "nvfp4_two_level"), ("packed_stochastic", "bf16"), ("packed_stochastic", "fp32")):
+        print(json.dumps(ours(args.layers, args.repeat, *kind)), flush=True)
         torch.cuda.empty_cache()
     print(json.dumps(torch_fused(args.layers, args.repeat)), flush=True)
+    for tokens in args.tokens:
+        for gradient in ("made on the way", "made before"):
+            torch.cuda.empty_cache()
+            print(json.dumps(ours(args.layers, args.repeat, *default, tokens, gradient)), flush=True)
+        print(json.dumps(torch_fused(args.layers, args.repeat, tokens)), flush=True)
 
 
 if __name__ == "__main__":
