@@ -148,7 +148,7 @@ class StepConfig:
     name: StepName = StepName.chunked
     chunk_rows: int = 32  # rows decoded at a time: bounds the optimizer's scratch memory
     # how moments are stored: nvfp4 and nvfp4_two_level in 4.5 bits each, int8 (a scale a row) and int8_block (of 256) in 8
-    state: StateFormat = StateFormat.nvfp4_two_level  # from scratch int8_block learns better (doc/training.md)
+    state: StateFormat = StateFormat.nvfp4_two_level  # from scratch int8_block learns a little better (doc/training.md)
     # how weights are stored between steps: packed and packed_stochastic in 4.5 bits, packed_residual 12.5, bf16_stochastic 16
     master: Master = Master.packed_stochastic
     train_last_layers: int | None = None  # only the last N blocks learn, linears and norms; null: everything
