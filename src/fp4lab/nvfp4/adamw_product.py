@@ -93,7 +93,7 @@ def _fours(p: PackedTensor) -> Tensor:
 if kernels.gl is not None:
     from fp4lab.nvfp4 import assembly
     from fp4lab.nvfp4.adamw_tiles import allocate, factor, fetch, fetch_x, gradient, halves, read_half
-    from fp4lab.nvfp4.kernels import async_copy, gl, gluon
+    from fp4lab.nvfp4.kernels import async_copy, barrier, gl, gluon
     from fp4lab.nvfp4.product_kernel import axis_index
 
     DECODE, SQUARE, DECODED = map(gl.constexpr, (assembly.DECODE, assembly.SQUARE, assembly.DECODED))
@@ -269,7 +269,7 @@ if kernels.gl is not None:
         stage = 0
         for start in range(0, cols, 64 * W):
             async_copy.wait_group(S - 2)
-            gl.thread_barrier()
+            barrier()
             g = gradient(a, x_buffer.index(stage), P, MMA, W, L_X)
             free = gl.where(stage == 0, S - 1, stage - 1)
             # beyond the last the last again, for nothing
@@ -357,7 +357,7 @@ if kernels.gl is not None:
         stage = 0
         for start in range(begin, end, 4 * W):
             async_copy.wait_group(S - 2)
-            gl.thread_barrier()
+            barrier()
             g0, g1 = halves(gradient(a, x_buffer.index(stage), P, MMA, W, L_X), W, L)
             free = gl.where(stage == 0, S - 1, stage - 1)
             ahead = gl.minimum(start + 4 * W * (S - 1), end - 4 * W)  # beyond the last the last again, for nothing

@@ -21,8 +21,10 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+    barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the name of Triton 3.6
 except ImportError:  # older ones have no Gluon, or another
-    gl = gluon = mma_v2 = async_copy = constexpr_function = None
+    gl = gluon = mma_v2 = async_copy = barrier = constexpr_function = None
 
 WORDS = 512  # 32-bit words, of eight codes each, that one program decodes
 
