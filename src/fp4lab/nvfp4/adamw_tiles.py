@@ -86,7 +86,7 @@ def layouts(pairs: int, warps: int) -> Layouts:
 
 
 if kernels.gl is not None:
-    from fp4lab.nvfp4.kernels import async_copy, gl, gluon, mma_v2
+    from fp4lab.nvfp4.kernels import async_load, gl, gluon, mma_v2
     from fp4lab.nvfp4.product_kernel import axis_index
 
     @gluon.jit
@@ -104,7 +104,7 @@ if kernels.gl is not None:
         pair = gl.arange(0, P, layout=gl.SliceLayout(1, LC))
         at = gl.arange(0, 128 * W, layout=gl.SliceLayout(0, LC))
         place = gl.expand_dims(pair, 1) * (2 * cols) + 2 * column + gl.expand_dims(at, 0)
-        async_copy.async_copy_global_to_shared(buffer, x_ptr + place)
+        async_load(buffer, x_ptr + place)
 
     @gluon.jit
     def fetch(buffers, pointers, origin, blocks, block, stage, W: gl.constexpr, LC: gl.constexpr, LS: gl.constexpr):
@@ -114,8 +114,8 @@ if kernels.gl is not None:
         row = gl.expand_dims(gl.arange(0, 16, layout=gl.SliceLayout(1, LS)), 1) + origin
         four = row * (blocks // 4) + block // 4 + gl.expand_dims(gl.arange(0, W, layout=gl.SliceLayout(0, LS)), 0)
         for i in gl.static_range(3):
-            async_copy.async_copy_global_to_shared(buffers[2 * i].index(stage), pointers[2 * i] + at)
-            async_copy.async_copy_global_to_shared(buffers[2 * i + 1].index(stage), pointers[2 * i + 1] + four)
+            async_load(buffers[2 * i].index(stage), pointers[2 * i] + at)
+            async_load(buffers[2 * i + 1].index(stage), pointers[2 * i + 1] + four)
 
     @gluon.jit
     def gradient(a, buffer, P: gl.constexpr, MMA: gl.constexpr, W: gl.constexpr, L_X: gl.constexpr):

@@ -22,9 +22,11 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-    barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # the name of Triton 3.6
+    # names from Triton 3.7 and 3.9 on, and those of before
+    barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+    async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 except ImportError:  # older ones have no Gluon, or another
-    gl = gluon = mma_v2 = async_copy = barrier = constexpr_function = None
+    gl = gluon = mma_v2 = async_copy = async_load = barrier = constexpr_function = None
 
 WORDS = 512  # 32-bit words, of eight codes each, that one program decodes
 
