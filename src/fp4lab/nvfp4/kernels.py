@@ -37,6 +37,15 @@ def available(device: torch.device) -> bool:
     return triton is not None and device.type == "cuda"
 
 
+@functools.cache
+def too_old(device: torch.device, needed: tuple[int, int], what: str) -> str | None:
+    """Why a kernel with `what` does not run on this CUDA device, or None."""
+    has = torch.cuda.get_device_capability(device)
+    if has >= needed:
+        return None
+    return f"compute capability {has[0]}.{has[1]} has no {what}: {needed[0]}.{needed[1]} does"
+
+
 def describe(device: torch.device) -> str:
     """Which path decodes and encodes on this device, for the records."""
     if available(device):

@@ -36,6 +36,8 @@ def why_not(p: PackedTensor, dtype: torch.dtype, n: int = 1) -> str | None:
         return "the device is no GPU with Triton"
     if kernels.gl is None:
         return "this Triton has no Gluon"
+    if old := kernels.too_old(p.device, (9, 0), "products of pairs of bfloat16"):
+        return old
     if dtype != torch.bfloat16:
         return f"it is for bfloat16, not {dtype}"
     if p.levels == "row":

@@ -67,6 +67,8 @@ class KernelStep:
         o, w = self.options, s.packed
         if not kernels.available(s.device):
             return "the device is no GPU with Triton"
+        if old := kernels.too_old(s.device, (8, 9), "E4M3 conversions"):
+            return old
         if w is None or o.master not in ("packed", "packed_stochastic"):
             return f"step.master={o.master} has no kernel" if not s.high_precision else "it is kept in fp32"
         if w.levels == "row":
