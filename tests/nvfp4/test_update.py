@@ -112,7 +112,7 @@ def test_nothing_is_stored_of_nothing():
     assert not unpack(p).any() and (p.block_scale.float() == 2**-9).all()
 
 
-@given(st.floats(0, 448), st.integers(0, (1 << 20) - 1))
+@given(st.floats(0, 448, width=32), st.integers(0, (1 << 20) - 1))
 def test_a_scale_is_one_of_its_two_neighbours(x, fraction):
     byte = _scale_byte(torch.tensor([x]), torch.tensor([fraction], dtype=torch.int32))
     neighbours = (byte.int() + torch.tensor([-1, 1])).clamp(1, 126).to(torch.uint8)
@@ -122,4 +122,4 @@ def test_a_scale_is_one_of_its_two_neighbours(x, fraction):
     if fraction == (1 << 20) - 1:
         assert got >= x * (1 - 2e-6)
     if fraction == 0:
-        assert got <= max(x, 2**-9)
+        assert got <= max(x, 2**-9) * (1 + 1e-6)
