@@ -20,7 +20,7 @@ from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.nvfp4 import BLOCK, LEVELS, RULES, PackedTensor, largest, pack, scale_of_amax, unpack
 
 HEADS = ("keep", "nvfp4", "float")
-_ROWS = 1024  # compared at a time
+_ELEMENTS = 1 << 17  # compared at a time, in the caches
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,11 @@ class Quantised:
 
 def _error(name: str, value: Tensor, packed: PackedTensor) -> TensorError:
     off = size = worst = 0.0
-    for start in range(0, value.shape[0], _ROWS):
-        stop = min(start + _ROWS, value.shape[0])
-        exact = value[start:stop].float()
-        lost = unpack(packed.rows(start, stop)).sub_(exact).abs_()
-        worst = max(worst, float(lost.max()))
-        off += float(lost.square_().sum(dtype=torch.float64))
-        size += float(exact.square().sum(dtype=torch.float64))
+    step = max(1, _ELEMENTS // value.shape[1])
+    for start in range(0, value.shape[0], step):
+        exact = value[start : start + step].float().view(-1)
+        lost = unpack(packed.rows(start, min(start + step, value.shape[0]))).view(-1).sub_(exact)
+        worst = max(worst, float(largest(lost)))
+        off += float(lost.dot(lost))
+        size += float(exact.dot(exact))
     return TensorError(name, tuple(value.shape), (off / size) ** 0.5 if size else 0.0, worst)

@@ -33,7 +33,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # value of code 0..7; bit 3 is 
 E2M1_MAX, E4M3_MAX, E4M3_TINY, E4M3_NORMAL = 6.0, 448.0, 2.0**-9, 2.0**-6
 TOP = {"four_over_six": 256.0}  # of the block scales that a second level aims at, where it is not all of E4M3
 PIECE = 1 << 22  # elements encoded or decoded at a time
-CACHED = 1 << 18  # the same on a CPU, whose caches hold the copies then: three times as fast
+CACHED = 1 << 17  # the same on a CPU, whose caches hold the copies then: three times as fast
 
 
 def decode_e4m3(data: Tensor) -> Tensor:
