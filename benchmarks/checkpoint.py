@@ -1,11 +1,12 @@
 """Loading and converting a checkpoint of Qwen3's shapes: seconds and host memory, beside the safetensors library. JSON lines.
 
-python benchmarks/checkpoint.py [--model qwen3_4b] [--layers 0] [--what load,convert] [--folder DIR] [--repeat 3] [--cold]
+python benchmarks/checkpoint.py [--model qwen3_4b] [--layers 7] [--convert-layers 1] [--what load,convert] [--folder DIR]
+                                [--repeat 3] [--cold]
 
 Makes files with random content, a tensor at a time: bf16, compressed-tensors and .dat to load, bf16 to convert. Every try is a
 process of its own, which imports first and is measured from then on; the median of the tries is printed. Files are in the page
-cache, or with --cold dropped from it before each try. Loading all of 4B takes 15 GB of disk and 9 of memory; quantising it, ten
-minutes a try on two cores, while two layers show the same peak. The default is small.
+cache, or with --cold dropped from it before each try. Loading all of 4B (--layers 0) takes 15 GB of disk and 9 of memory; of
+a conversion (--convert-layers) two layers show the same peak as all. The default is small.
 
 s           of the work, without imports
 peak_mib    resident memory at its highest, beyond what the process had before (VmHWM; the kernel counts mapped files too)
