@@ -18,9 +18,9 @@ from fp4lab.checkpoint.weights import TensorInfo, Weights
 from fp4lab.errors import UserError
 from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.nvfp4 import BLOCK, LEVELS, RULES, PackedTensor, largest, pack, scale_of_amax, unpack
+from fp4lab.nvfp4.codec import CACHED
 
 HEADS = ("keep", "nvfp4", "float")
-_ELEMENTS = 1 << 17  # compared at a time, in the caches
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Quantised:
 
 def _error(name: str, value: Tensor, packed: PackedTensor) -> TensorError:
     off = size = worst = 0.0
-    step = max(1, _ELEMENTS // value.shape[1])
+    step = max(1, CACHED // value.shape[1])
     for start in range(0, value.shape[0], step):
         exact = value[start : start + step].float().view(-1)
         lost = unpack(packed.rows(start, min(start + step, value.shape[0]))).view(-1).sub_(exact)
