@@ -168,7 +168,7 @@ def _error(name: str, value: Tensor, packed: PackedTensor) -> TensorError:
     off = size = worst = 0.0
     step = max(1, CACHED // value.shape[1])
     for start in range(0, value.shape[0], step):
-        exact = value[start : start + step].float().view(-1)
+        exact = value[start : start + step].float().reshape(-1)
         lost = unpack(packed.rows(start, min(start + step, value.shape[0]))).view(-1).sub_(exact)
         worst = max(worst, float(largest(lost)))
         off += float(lost.dot(lost))
