@@ -7,6 +7,7 @@ from test_streams import SHAPE
 
 from fp4lab.model import layers
 from fp4lab.model.config import Qwen3Config
+from fp4lab.model.linears import ConsumingLinear
 from fp4lab.model.paths import fused_model
 from fp4lab.model.store import build_store, concat_rows, random_weights
 from fp4lab.nvfp4 import pack
@@ -53,6 +54,26 @@ def test_joint_silu_mul(width):
     both = torch.randn(2, 5, 2 * width, device="cuda", dtype=BF16) * 2
     compare(layers.joint_silu_mul, [both])
     assert torch.equal(layers.joint_silu_mul(both), layers.silu_mul(*(x.contiguous() for x in both.chunk(2, dim=-1))))
+
+
+@pytest.mark.parametrize("activations", ["none", "nvfp4"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_gate_that_is_written_over_has_the_bits_of_one_that_is_kept(again, activations):
+    packed = pack(torch.randn(256, 320, device="cuda") * 0.05, "torchao")
+    start, dy = torch.randn(2, 40, 640, device="cuda", dtype=BF16), torch.randn(2, 40, 256, device="cuda", dtype=BF16)
+    results = []
+    for over in (False, True):
+        linear, taken = ConsumingLinear(packed, activations), []
+        linear.consume = lambda *parts, taken=taken: taken.extend(t.clone() for t in parts)
+        leaf = start.clone().requires_grad_()
+        both = leaf * 1
+        linear.again = linear.last = again
+        y = linear.gated(both) if over else linear(layers.joint_silu_mul(both))
+        assert y.shape == dy.shape
+        (grad,) = torch.autograd.grad(y, leaf, dy)
+        results.append([grad, *taken] if again else [y, grad, *taken])
+    assert len(results[0]) == (3 if again else 4)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def built(joint: bool, master: str = "packed_stochastic", state: str = "nvfp4_two_level"):

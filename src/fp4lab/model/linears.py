@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fp4lab.model import kernels
+from fp4lab.model.layers import joint_silu_mul
 from fp4lab.nvfp4 import PackedTensor, decode, matmul, matmul_back, pack, quantize_activations, scaled_fp4_matmul, unpack
 
 ACTIVATIONS = ("none", "nvfp4")
@@ -145,6 +147,29 @@ class _Consumed(torch.autograd.Function):
         return dx, None
 
 
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up and `_Consumed` of it, on a GPU: gate and up alone are kept, and gradients are written over them."""
+
+    @staticmethod
+    def forward(ctx, both: Tensor, linear: "ConsumingLinear") -> Tensor:
+        ctx.linear = linear
+        ctx.save_for_backward(both)
+        if linear.again and linear.last:
+            return both.new_empty(*both.shape[:-1], linear.packed.shape[0])
+        return packed_matmul(kernels.gated(both), linear.packed, linear.activations)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        (both,), linear = ctx.saved_tensors, ctx.linear
+        x = matmul_back(dy, linear.packed)
+        kernels.gate_back_(both, x)
+        if not linear.frozen:
+            assert linear.consume is not None, "nobody takes this linear's gradient"
+            rounded = _round_input(x, linear.activations)
+            linear.consume(dy.reshape(-1, dy.shape[-1]), rounded.reshape(-1, x.shape[-1]))
+        return both, None
+
+
 class ConsumingLinear(nn.Module):
     """B without a float parameter: the packed weight is all that it reads; a master, if any, is the optimizer's.
 
@@ -166,6 +191,12 @@ class ConsumingLinear(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             return _Consumed.apply(x, self)
         return packed_matmul(x, self.packed, self.activations)
+
+    def gated(self, both: Tensor) -> Tensor:
+        """Of silu(gate) * up, both [..., 2 I] in one tensor, which nothing else may read: gradients are written over it."""
+        if kernels.take(both) and torch.is_grad_enabled() and both.requires_grad:
+            return _Gated.apply(both.contiguous(), self)
+        return self(joint_silu_mul(both))
 
 
 class _Looked(torch.autograd.Function):
@@ -191,10 +222,12 @@ class ConsumingEmbedding(nn.Module):
         self.weight, self.dtype = weight, dtype
         self.consume: Callable[[Tensor, Tensor], None] | None = None
         self.frozen = False  # has no gradient to hand over
+        self.looked: list[Tensor] = []  # ids whose gradients will come, as the optimizer's step begins
         # autograd follows inputs that want gradients, and ids are none
         self.register_buffer("anchor", torch.zeros((), device=weight.device, requires_grad=True), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not self.frozen:
+            self.looked.append(ids)
             return _Looked.apply(self.anchor, ids, self)
         return lookup(self.weight, ids, self.dtype)

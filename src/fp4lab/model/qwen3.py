@@ -109,7 +109,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.joint:
-            return self.down_proj(joint_silu_mul(self.gate_up_proj(x)))
+            both = self.gate_up_proj(x)
+            return (
+                self.down_proj.gated(both)
+                if isinstance(self.down_proj, ConsumingLinear)
+                else self.down_proj(joint_silu_mul(both))
+            )
         return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -123,16 +128,18 @@ class Block(nn.Module):
         self.mlp = MLP(layer, make, joint)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, again: bool = False, mask: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None = None, recompute: str = "none"
     ) -> Tensor:
-        """`again`: the MLP, with its three wide activations, is computed again in the backward; attention is not."""
+        """`recompute`: see `Qwen3`."""
+        if recompute == "block":
+            return recomputed(self, self.forward, x, cos, sin, cache, mask)
         x, normed = self.input_layernorm.residual(x, None)
         attended = self.self_attn(normed, cos, sin, cache, mask)
-        if again:
-            return recomputed(self.mlp, self._rest, x + attended)
+        if recompute == "selective":
+            return recomputed(self.mlp, self._rest, x, attended)
         return self._rest(x, attended)
 
-    def _rest(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
+    def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
         x, normed = self.post_attention_layernorm.residual(x, attended)
         return x + self.mlp(normed)
 
@@ -175,7 +182,8 @@ class Qwen3(nn.Module):
         self.model = Decoder(config, make_linear, raw, dtype, joint)
         self.lm_head = make_linear("lm_head.weight")
         self.rope = Rope(config.head_dim, config.rope_theta, raw[FINAL_NORM].device)
-        self.recompute = "none"  # block: keeps its input alone and is computed again in the backward; selective: its MLP is
+        # What the backward computes again. block: all of a block; selective: its MLP, with its three wide activations
+        self.recompute = "none"
 
     def hidden(
         self,
@@ -195,10 +203,7 @@ class Qwen3(nn.Module):
         cos, sin = self.rope.table(cache.length if cache else 0, ids.shape[1], self.dtype)
         mask = None if segments is None else within(segments)
         for block in self.model.layers:
-            if self.recompute == "block" and torch.is_grad_enabled():
-                x = recomputed(block, block, x, cos, sin, cache, False, mask)
-            else:
-                x = block(x, cos, sin, cache, self.recompute == "selective" and torch.is_grad_enabled(), mask)
+            x = block(x, cos, sin, cache, mask, self.recompute if torch.is_grad_enabled() else "none")
             if trace is not None:
                 trace.append(x)
         if cache is not None:
