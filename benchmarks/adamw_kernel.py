@@ -1,11 +1,11 @@
 """One AdamW update of Qwen3-4B's linears: bytes a second of the packed kernels, beside torch's fused AdamW.
 
-python benchmarks/adamw_kernel.py [--layers 6] [--repeat 20] [--tokens 8,32]
+python benchmarks/adamw_kernel.py [--layers 6] [--repeat 20] [--tokens 8,32] [--apart]
 
 Layers of their own memory, so that nothing stays in a cache; a captured graph of all their updates is replayed; median.
 One JSON line for each. Bytes are those that must move: gradients read, state read and written. Lines with `tokens` begin
 with the two factors of the gradient, dy [tokens, out] and x [tokens, in]: the gradient's own bytes are not counted there, since
-they need not move (`gradient` says whether they do).
+they need not move (`gradient` says whether they do). q/k/v and gate/up are one matrix each, as in a step, but with --apart.
 """
 
 import argparse
@@ -19,7 +19,9 @@ from fp4lab.nvfp4 import pack
 from fp4lab.train.adamw import AdamWOptions, ParameterState
 from fp4lab.train.kernel_step import KernelStep
 
-LAYER = [(4096, 2560), (1024, 2560), (1024, 2560), (2560, 4096), (9728, 2560), (9728, 2560), (2560, 9728)]
+JOINT = [(6144, 2560), (2560, 4096), (19456, 2560), (2560, 9728)]
+APART = [(4096, 2560), (1024, 2560), (1024, 2560), (2560, 4096), (9728, 2560), (9728, 2560), (2560, 9728)]
+LAYER = JOINT
 
 
 def replay_ms(body: Callable[[], None], repeat: int) -> float:
@@ -72,6 +74,7 @@ def ours(layers: int, repeat: int, master: str, state: str, tokens: int = 0, gra
     numbers = sum(s.rows * s.cols for s in states)
     moved = 2 * kept + (0 if tokens else 2 * numbers)
     about = {"tokens": tokens, "gradient": gradient} if tokens else {}
+    about["joint"] = LAYER is JOINT
     return {"peer": "fp4lab", **about, "master": master, "state": state, **result(replay_ms(body, repeat), numbers, moved)}
 
 
@@ -110,7 +113,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--tokens", type=lambda x: [int(n) for n in x.split(",")], default=[8, 32])
+    parser.add_argument("--apart", action="store_true")
     args = parser.parse_args()
+    global LAYER
+    LAYER = APART if args.apart else JOINT
     default = "packed_stochastic", "nvfp4_two_level"
     for kind in (default, ("packed", "nvfp4_two_level"), ("packed_stochastic", "bf16"), ("packed_stochastic", "fp32")):
         print(json.dumps(ours(args.layers, args.repeat, *kind)), flush=True)

@@ -44,6 +44,17 @@ SQUARE = _block(
 DECODED = _constraints("f", "r", "r")  # of a word and something [.., 8], which is not read
 
 
+# Eight bf16 -> 2^-10 of them. A product with a power of two is exact, and one for two numbers.
+WIDEN = _block(
+    ".reg .b32 t, tiny, zero; mov.b32 tiny, 0x3A803A80; mov.b32 zero, 0x80008000;",
+    *(
+        f"fma.rn.bf16x2 t, ${8 + i}, tiny, zero; shl.b32 ${2 * i}, t, 16; and.b32 ${2 * i + 1}, t, 0xFFFF0000;"
+        for i in range(4)
+    ),
+)
+WIDENED = ",".join(["=&f"] * 8 + ["r"] * 4)
+
+
 def _encode(signed: bool, dithered: bool) -> str:
     """Values (first argument) times the inverse of their block's scale, 2^-126 of it (second) -> a word of their codes.
 
