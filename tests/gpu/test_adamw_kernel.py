@@ -121,6 +121,33 @@ def test_rows_in_pieces_are_the_rows_at_once():
             assert torch.equal(bits(x), bits(y))
 
 
+@pytest.mark.parametrize("form", ["nvfp4_two_level", "bf16"])
+def test_named_rows_have_the_bits_of_all_at_once(form):
+    """In any order and in two launches; rows that none names, or only once its turn is over, stay as they are."""
+    options = AdamWOptions(seed=3, state=form)
+    whole, some = state((96, 320), options), state((96, 320), options)
+    g = gradient((96, 320), 1)
+    kept = [t[90:].clone() for _, p in parts(some) for t in p.tensors() if t.ndim]
+    fast = KernelStep(options, whole.device)
+    fast.set(1, 1e-3)
+    fast.update(whole, g, 0)
+    expected = fast.counts.sum(0)
+    fast.counts.zero_()
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(5)).to("cuda", torch.int32)
+    unnamed = torch.full((8,), -1, dtype=torch.int32, device="cuda")
+    for names in (torch.cat([order[:40], unnamed]), torch.cat([unnamed, order[40:]])):
+        grad = torch.where(names.unsqueeze(1) >= 0, g[names.clamp(min=0)], torch.nan)
+        fast.update_some(some, grad, names)
+    for (_, a), (_, b) in zip(parts(whole), parts(some), strict=True):
+        for x, y in zip(a.tensors(), b.tensors(), strict=True):
+            assert torch.equal(bits(x[:90]), bits(y[:90]))
+    left = [t[90:] for _, p in parts(some) for t in p.tensors() if t.ndim]
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(kept, left, strict=True))
+    assert fast.counts.sum(0)[1] < expected[1]
+    fast.update_some(some, g[90:], torch.arange(90, 96, dtype=torch.int32, device="cuda"))
+    torch.testing.assert_close(fast.counts.sum(0)[1:], expected[1:], rtol=1e-5, atol=0)
+
+
 def test_a_gradient_that_is_not_finite_makes_nan_weights_and_says_so():
     options = AdamWOptions()
     s = state((16, 320), options)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fp4lab.train.head import TiedRows
 from fp4lab.train.head_kernel import add_chunk, add_rows_, softmax_grad_, take
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -49,3 +50,19 @@ def test_rows_of_an_id_are_added_up_whatever_their_order():
     want = before.double().index_add(0, ids[here] - 30, rows[here].double())
     torch.testing.assert_close(results[0].double(), want, rtol=2**-8, atol=1e-6)
     assert torch.equal(*results)
+
+
+def test_rows_that_were_looked_up_wait_for_both_of_their_gradients():
+    ids = torch.randint(20, 90, (60,), device="cuda")
+    head = torch.randn(100, 96, device="cuda", dtype=torch.bfloat16)
+    rows = torch.randn(60, 96, device="cuda", dtype=torch.bfloat16)
+    waiting = TiedRows(ids, 100, head)
+    for start, stop in ((40, 80), (0, 40), (80, 100)):
+        waiting.take(head[start:stop].contiguous(), start)
+    waiting.add(rows)
+    distinct = ids.unique()
+    assert waiting.names.tolist() == distinct.tolist() + [-1] * (60 - len(distinct))
+    at_once = head.clone()
+    ordered, order = ids.sort(stable=True)
+    add_rows_(at_once, 0, ordered, order, rows)
+    assert torch.equal(waiting.grad[: len(distinct)], at_once[distinct])

@@ -20,7 +20,7 @@ SHAPE = {
 }
 
 
-def trained(streams, eager, recompute="none", length=8, steps=5):
+def trained(streams, eager, recompute="none", length=8, steps=5, all_wait=False):
     """Losses and the stored bytes after some steps."""
     shape = Qwen3Config.from_dict(SHAPE, "test")
     names, get = random_weights(shape, 0, "cuda", torch.bfloat16)
@@ -32,6 +32,8 @@ def trained(streams, eager, recompute="none", length=8, steps=5):
     model = fused_model(store, torch.bfloat16)
     model.recompute = recompute
     optimizer = FusedAdamW(model, store.packed, store.tied, AdamWOptions(streams=streams, seed=1))
+    if all_wait:
+        optimizer.fast.why_not_some = lambda state: "all rows of the head are to wait for the lookup"
     step = GraphedStep(model, optimizer, eager=eager)
     ids = torch.randint(0, 4096, (1, length + 1), generator=torch.Generator().manual_seed(2), device="cpu")
     losses = [step.step(1e-3, ids[:, :-1], ids[:, 1:]).item() for _ in range(steps)]
@@ -48,6 +50,14 @@ def test_streams_change_no_bit(eager, recompute):
         again, others = trained(streams, eager, recompute)
         assert again == losses
         assert all(torch.equal(codes[n], others[n]) for n in codes)
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_rows_of_a_tied_head_that_need_not_wait_have_the_bits_of_those_that_do(eager):
+    losses, codes = trained(2, eager, length=200, all_wait=True)
+    again, others = trained(2, eager, length=200)
+    assert again == losses and losses[-1] < losses[0]
+    assert all(torch.equal(codes[n], others[n]) for n in codes)
 
 
 def test_an_input_is_not_reused_before_its_work_is_done():

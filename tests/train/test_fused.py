@@ -8,7 +8,7 @@ from fp4lab.model import linears
 from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.model.paths import fp2_model, fused_model, reference_model
 from fp4lab.nvfp4 import count_changed, keep_zero_signs, repack_like, unpack
-from fp4lab.train import fused
+from fp4lab.train import fused, head
 from fp4lab.train.adamw import AdamWOptions
 from fp4lab.train.batches import IGNORE
 from fp4lab.train.chunked import ChunkedAdamW
@@ -80,7 +80,7 @@ def refresh(s, embedding):
 @pytest.mark.parametrize("state", ["nvfp4_two_level", "fp32", "int8"])
 def test_fused_is_chunked(name, master, state, monkeypatch):
     """The same losses, the same stored codes but where another order of sums tips one over."""
-    monkeypatch.setattr(fused, "VOCABULARY_CHUNK", 40)
+    monkeypatch.setattr(head, "VOCABULARY_CHUNK", 40)
     options = {"master": master, "state": state, "weight_decay": 0.1, "chunk_rows": 16, "max_update": 1.0}
     theirs, chunked, p_chunked, h_chunked = by_chunks(name, 8, 3e-3, **options)
     ours, s, p_fused, h_fused, _ = fused_steps(name, 8, 3e-3, **options)
@@ -97,7 +97,7 @@ def test_fused_is_chunked(name, master, state, monkeypatch):
 @pytest.mark.parametrize("name", SHAPES)
 def test_one_step_is_bit_equal_where_the_order_of_sums_is(name, monkeypatch):
     """One chunk of the vocabulary, one step: every packed linear has the bytes that step=chunked gives it."""
-    monkeypatch.setattr(fused, "VOCABULARY_CHUNK", 96)
+    monkeypatch.setattr(head, "VOCABULARY_CHUNK", 96)
     _, chunked, _, _ = by_chunks(name, 1, master="packed", state="fp32")
     _, s, _, health, _ = fused_steps(name, 1, master="packed", state="fp32")
     equal = [torch.equal(s.packed[k].codes, chunked.packed[k].codes) for k in s.packed]
@@ -107,7 +107,7 @@ def test_one_step_is_bit_equal_where_the_order_of_sums_is(name, monkeypatch):
 @pytest.mark.parametrize("chunk", [7, 32, 96, 500])
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_chunked_loss_is_torchs_and_so_is_the_norm(name, chunk, monkeypatch):
-    monkeypatch.setattr(fused, "VOCABULARY_CHUNK", chunk)
+    monkeypatch.setattr(head, "VOCABULARY_CHUNK", chunk)
     s = store(name)
     dense = fp2_model(s, torch.float32, torch.float32)
     loss = cross_entropy(dense, dense.hidden(IDS), TARGETS)
@@ -158,6 +158,31 @@ def test_what_is_computed_again_leaves_out_the_last_product(way, again, monkeypa
     layers = len(model.model.layers)
     assert len(products) == layers * (7 + again)
     assert all(m.decoded is None and not m.again for m in model.modules() if isinstance(m, linears.ConsumingLinear))
+
+
+@pytest.mark.parametrize("room, count", [(0, 6), (3040, 5), (6080, 4), (1 << 30, 3)])
+def test_logits_that_are_kept_are_those_that_would_be_computed_again(room, count, monkeypatch):
+    """Of three chunks of the vocabulary, 3,040 bytes of 19 positions each."""
+    monkeypatch.setattr(head, "VOCABULARY_CHUNK", 40)
+    expected, s, _, _, _ = fused_steps("untied, 4 groups", 2)
+    products, real = [], head.matmul
+    monkeypatch.setattr(fused, "room", lambda *args: room)
+    monkeypatch.setattr(head, "matmul", lambda x, *rest: products.append(len(x)) or real(x, *rest))
+    losses, other, _, _, _ = fused_steps("untied, 4 groups", 2)
+    assert products == [19] * (2 * count)
+    assert losses == expected and all(torch.equal(s.packed[k].codes, other.packed[k].codes) for k in s.packed)
+
+
+def test_no_logits_are_kept_where_no_backward_follows(monkeypatch):
+    s = store("untied, 4 groups")
+    model = fused_model(s, torch.float32)
+    optimizer, heads = FusedAdamW(model, s.packed, s.tied, AdamWOptions()), []
+    monkeypatch.setattr(fused, "Head", lambda *args: heads.append(head.Head(*args)) or heads[-1])
+    with torch.no_grad():
+        optimizer.loss(model.hidden(IDS), TARGETS)
+    assert heads[0].room == 0
+    optimizer.loss(model.hidden(IDS), TARGETS)
+    assert heads[1].room < fused.room(model.config, 19, 4, "none")
 
 
 def test_no_gradient_of_a_linear_outlives_its_update(monkeypatch):

@@ -9,7 +9,7 @@ from test_fused import by_chunks, fused_steps
 from torch import nn
 
 from fp4lab.nvfp4 import BLOCK, pack, unpack
-from fp4lab.train import fused, residual
+from fp4lab.train import head, residual
 from fp4lab.train.adamw import MASTERS, AdamWOptions
 from fp4lab.train.chunked import ChunkedAdamW
 from fp4lab.train.noise import round_bfloat16
@@ -142,7 +142,7 @@ def test_a_residual_starts_from_the_unquantised_weight_where_there_is_one():
 @pytest.mark.parametrize("master", [m for m in MASTERS if m not in ("packed", "packed_stochastic")])
 def test_fused_is_chunked_with_finer_masters(name, master, monkeypatch):
     """One step: the same codes but for those that another order of sums tips over. Eight: the same losses."""
-    monkeypatch.setattr(fused, "VOCABULARY_CHUNK", 96)
+    monkeypatch.setattr(head, "VOCABULARY_CHUNK", 96)
     options = {"master": master, "state": "nvfp4_two_level", "weight_decay": 0.1, "chunk_rows": 16}
     dtype = torch.bfloat16 if master.startswith("bf16") else torch.float32
     theirs, chunked, _, h_chunked = by_chunks(name, 1, 3e-3, dtype, **options)
@@ -151,7 +151,7 @@ def test_fused_is_chunked_with_finer_masters(name, master, monkeypatch):
     if dtype == torch.float32:
         assert ours == pytest.approx(theirs, rel=1e-6) and sum(x == 1 for x in same) >= len(same) - 1
     assert min(same) > 0.97 and h_fused.code_changed == pytest.approx(h_chunked.code_changed, abs=0.02)
-    monkeypatch.setattr(fused, "VOCABULARY_CHUNK", 40)
+    monkeypatch.setattr(head, "VOCABULARY_CHUNK", 40)
     theirs, *_ = by_chunks(name, 8, 3e-3, dtype, **options)
     ours, *_ = fused_steps(name, 8, 3e-3, dtype, **options)
     assert ours == pytest.approx(theirs, rel=8e-2 if dtype == torch.bfloat16 else 4e-3, abs=1e-3)

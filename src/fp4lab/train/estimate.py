@@ -17,7 +17,7 @@ from typing import Any
 
 from fp4lab.model.config import BLOCK, EMBEDDING, HEAD, Qwen3Config
 from fp4lab.nvfp4 import product_kernel
-from fp4lab.train.fused import VOCABULARY_CHUNK
+from fp4lab.train.head import VOCABULARY_CHUNK, room
 from fp4lab.train.int8_block import WIDTH
 
 MIB = 1 << 20
@@ -255,18 +255,22 @@ def _activations(shape: Qwen3Config, config: dict[str, Any], size: int, trained:
     h, q, kv, i = shape.hidden_size, shape.q_size, shape.kv_size, shape.intermediate_size
     each = (6 * h + 4 * q + 6 * kv + 4 * i) * size
     layers = (config["step"]["train_last_layers"] or shape.num_hidden_layers) if trained else 1
-    phases = ("forward",)
-    if trained and config["recompute"] == "block":
+    phases, recompute = ("forward",), config["recompute"] if trained else "none"
+    if recompute == "block":
         yield _row("inputs of blocks", f"{layers} layers x {tokens} tokens x {h * size:,} bytes", layers * tokens * h * size)
         layers = 1
-    elif trained and config["recompute"] == "selective":  # of an MLP its input, and one MLP at a time
+    elif recompute == "selective":  # of an MLP its input, and one MLP at a time
         wide = (2 * h + 4 * i) * size
         each -= wide
         yield _row("activations of one MLP", f"{tokens} tokens x {wide:,} bytes", tokens * wide, phases)
     yield _row("activations", f"{layers} layers x {tokens} tokens x {each:,} bytes", layers * tokens * each, phases)
-    width = min(shape.vocab_size, VOCABULARY_CHUNK) if config["step"]["name"] == "fused" else shape.vocab_size
+    fused = config["step"]["name"] == "fused"
+    width = min(shape.vocab_size, VOCABULARY_CHUNK) if fused else shape.vocab_size
     text = f"{tokens} tokens x {width:,} x {size + 4} bytes"
     yield _row("logits", text, tokens * width * (size + 4), phases)
+    if trained and fused:
+        most, total = room(shape, tokens, size, recompute), tokens * shape.vocab_size * size
+        yield _row("logits kept for the backward", f"{min(most, total):,} of {total:,} bytes", min(most, total), phases)
 
 
 def _tokens(config: dict[str, Any]) -> int:

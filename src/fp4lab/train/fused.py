@@ -3,9 +3,9 @@
 The arithmetic is that of `adamw` (reference section 5.4) and the stored state the same; what differs is when. A linear's
 backward hands its gradient over (`model.linears.ConsumingLinear`), its rows are updated, the gradient is gone. The forward
 reads packed weights whatever the master is; a float one lies with the moments. The head and its cross-entropy go by chunks of
-the vocabulary, forward and backward, so that neither [tokens, vocab] nor the head's gradient exists as a whole. With a tied
-head the embedding has two gradients, one from the head and one from the lookup; the head's is computed again, chunk by chunk,
-when the lookup's comes, which is last of all.
+the vocabulary (`head`). With a tied head the embedding has two gradients, one from the head and one, of the rows that were
+looked up, from the lookup, which is last of all. Where kernels can update some rows and not others, only these rows wait for
+it; elsewhere the head's is computed again then, chunk by chunk.
 
 What cannot be had: clipping by the global norm, which is known only when all gradients are gone. `max_update` bounds every
 element's update instead; the norm itself is summed up on the way and reported.
@@ -13,8 +13,6 @@ element's update instead; the norm itself is summed up on the way and reported.
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +21,15 @@ from fp4lab.events import StateHealth
 from fp4lab.model.config import EMBEDDING, HEAD
 from fp4lab.model.linears import ConsumingEmbedding, ConsumingLinear
 from fp4lab.model.qwen3 import Qwen3
-from fp4lab.nvfp4 import PackedTensor, adamw_product, matmul, matmul_back, product_kernel
+from fp4lab.nvfp4 import PackedTensor, adamw_product
 from fp4lab.train import head_kernel
 from fp4lab.train.adamw import AdamWOptions, ParameterState, count_blocks, update_rows
 from fp4lab.train.batches import IGNORE
 from fp4lab.train.beside import Beside
+from fp4lab.train.head import ChunkedCrossEntropy, Head, TiedRows, chunks, room
 from fp4lab.train.health import Health
 from fp4lab.train.kernel_step import Joint, KernelStep
 from fp4lab.train.vectors import Vectors
-
-VOCABULARY_CHUNK = 8192  # rows of the head that are dequantised at a time
 
 
 class FusedAdamW:
@@ -64,7 +61,9 @@ class FusedAdamW:
         self._head_learns = (EMBEDDING if tied else HEAD) not in frozen
         self._squares = torch.zeros((), dtype=torch.float64, device=self.head.device)
         self.beside = Beside(self.head.device, options.streams)
-        self._later: list[Head] = []  # heads whose gradient the embedding takes
+        self._model, self._embedding = model, model.model.embed_tokens
+        self._waiting: TiedRows | None = None  # this step's
+        self._later: Head | None = None  # whose gradient the embedding takes, with its own
         trained: dict[str, tuple[Tensor | None, PackedTensor | None]] = {}
         products: dict[tuple[str, ...], PackedTensor] = {}  # of linears: whose rows they have
         for module_name, module in model.named_modules():  # the order of step=chunked, whose dither goes by it
@@ -119,6 +118,8 @@ class FusedAdamW:
         text += f", and makes the gradient of up to {adamw_product.TOKENS} tokens for {reasons.count(None)} of {len(whole)}"
         text += "".join(f" (else: {why})" for why in sorted({r for r in reasons if r is not None}))
         text += f"; one sweep {len(vectors)} vectors"
+        if self.tied and self._head_learns and (why := self._why_all_wait()) is not None:
+            text += f"; all rows of the head wait for the embedding's gradient ({why})"
         text += f"; {len(self.beside)} streams beside the backward's" if len(self.beside) else "; all on one stream"
         left = [n for n in self.states if n not in self._taken and n not in vectors]
         return text + "".join(f"; {n}: plain torch, {self.fast.why_not(self.states[n])}" for n in left)
@@ -151,6 +152,8 @@ class FusedAdamW:
         """Zeroes what a step sums up: the first launches of a graph."""
         self._health, self._seen = Health(self.count), set[str]()
         self._squares.zero_()
+        self._embedding.looked.clear()
+        self._waiting = None
         if self.fast is not None:
             self.fast.count = self.count
             self.fast.counts.zero_()
@@ -170,6 +173,12 @@ class FusedAdamW:
             self._seen.add(name)
             if self.after_each is not None:
                 self.after_each(len(self._seen), len(self.states))
+
+    def _consume_some(self, grad: Tensor, names: Tensor) -> None:
+        """Updates those rows of the embedding that `names` has, of a kernel's kind."""
+        assert self.fast is not None
+        self.fast.update_some(self.states[EMBEDDING], grad, names)
+        self._note(EMBEDDING)
 
     @torch.no_grad()
     def consume_product(self, names: tuple[str, ...], dy: Tensor, x: Tensor) -> None:
@@ -243,141 +252,96 @@ class FusedAdamW:
         counts = targets != IGNORE
         if not self.static:  # positions that do not count cost nothing; how many they are, the host must know
             hidden, targets, counts = hidden[counts], targets[counts], counts[counts]
-        share = counts.reshape(-1).float() / counts.sum()
-        return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), share, self)
+        share, flat = counts.reshape(-1).float() / counts.sum(), hidden.reshape(-1, hidden.shape[-1])
+        head = Head(self.head, flat.detach(), targets.reshape(-1), self.options.kernels and head_kernel.take(flat))
+        if flat.requires_grad:
+            head.room = room(self._model.config, len(flat), flat.itemsize, self._model.recompute)
+        return ChunkedCrossEntropy.apply(flat, share, head, self)
 
-    def takes_head_product(self, head: "Head") -> bool:
-        """Whether the head is updated with `Head.whole` instead of with its gradient."""
-        name = EMBEDDING if self.tied else HEAD
-        return self._head_learns and self._is_few(self.states[name], head.hidden.dtype, len(head.hidden))
-
-    def take_head(self, head: "Head") -> None:
-        """The backward of the loss: an untied head is updated now, a tied one with the lookup."""
+    @torch.no_grad()
+    def take_head_rows(self, head: Head, start: int, dlogits: Tensor) -> None:
+        """The backward of the loss. Updates the head's rows from `start` on that nothing else has a gradient for."""
         if not self._head_learns:
             return
+        if self._head_is_few(head):
+            head.parts.append(dlogits)
+            return
+        waiting = self._rows_that_wait(head)
+        if self.tied and waiting is None:
+            return
+
+        def work(start: int, dlogits: Tensor) -> None:
+            grad = dlogits.T @ head.hidden
+            if waiting is None:
+                self.consume(HEAD, grad, start)
+            else:
+                waiting.take(grad, start)
+                self._consume_some(grad, waiting.others[start : start + len(grad)])
+
+        beside = self.fast is not None and (EMBEDDING if self.tied else HEAD) in self._taken
+        for a, b in chunks(dlogits.shape[1]):
+            part = dlogits[:, a:b]
+            if beside:
+                self.beside.run(functools.partial(work, start + a, part), part, head.hidden)
+            else:
+                work(start + a, part)
+
+    def _head_is_few(self, head: Head) -> bool:
+        """Whether the update makes the gradient of these positions, and of the tokens looked up, itself."""
+        looked = self._embedding.looked if self.tied else []
+        if self.tied and len(looked) != 1:
+            return False
+        state = self.states[EMBEDDING if self.tied else HEAD]
+        return self._is_few(state, head.hidden.dtype, len(head.hidden) + sum(t.numel() for t in looked))
+
+    def _rows_that_wait(self, head: Head) -> TiedRows | None:
+        """Those of a tied head that this step looked up, where the others need not wait with them."""
+        looked = self._embedding.looked
+        if self._waiting is None and self.tied and len(looked) == 1 and self._why_all_wait() is None:
+            self._waiting = TiedRows(looked[0].reshape(-1), self.states[EMBEDDING].rows, head.hidden)
+        return self._waiting
+
+    def _why_all_wait(self) -> str | None:
+        """Why all rows of a tied head wait for the lookup's gradient, with theirs computed again then."""
+        if self.fast is None or EMBEDDING not in self._taken:
+            return "plain torch updates them"
+        if self.dtype != torch.bfloat16:
+            return f"the computation is in {self.dtype}"
+        return self.fast.why_not_some(self.states[EMBEDDING])
+
+    def take_head(self, head: Head) -> None:
+        """After all rows: few positions have their product now, and what must be computed again is kept."""
+        if not self._head_learns or self._waiting is not None:
+            return
+        head.whole = torch.cat(head.parts, dim=1) if head.parts else None
+        head.parts.clear()
         if self.tied:
-            self._later.append(head)
-            return
-        if head.whole is not None:
+            self._later = head
+        elif head.whole is not None:
             self.consume_product((HEAD,), head.whole, head.hidden)
-            return
-        for start, stop in head.pieces():
-            self.consume(HEAD, head.grad(start, stop), start)
 
     @torch.no_grad()
     def _consume_lookup(self, ids: Tensor, rows: Tensor) -> None:
         state = self.states[EMBEDDING]
-        heads, self._later = self._later, []
-        wholes = [head.whole for head in heads if head.whole is not None]
-        if len(wholes) == len(heads) and self._is_few(state, rows.dtype, len(ids) + sum(map(len, wholes))):
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self.beside.join()  # rows of all chunks are there
+            waiting.add(rows)
+            self._consume_some(waiting.grad, waiting.names)
+            return
+        head, self._later = self._later, None
+        if head is not None and head.whole is not None:
             # a token more for each: its row's gradient times 1 in the row that was looked up
             own = (ids.unsqueeze(1) == torch.arange(state.rows, device=ids.device)).to(rows.dtype)
-            dy, x = torch.cat([*wholes, own]), torch.cat([*(head.hidden for head in heads), rows])
-            self.consume_product((EMBEDDING,), dy, x)
+            self.consume_product((EMBEDDING,), torch.cat([head.whole, own]), torch.cat([head.hidden, rows]))
             return
-
         fast = self.fast is not None and head_kernel.take(rows)
         ordered, order = ids.sort(stable=True) if fast else (ids, ids)
-
-        def piece(start: int, stop: int) -> None:
-            grads = [head.grad(start, stop) for head in heads]
-            grad = sum(grads[1:], grads[0]) if grads else rows.new_zeros(stop - start, state.cols)
+        for start, stop in chunks(state.rows):
+            grad = rows.new_zeros(stop - start, state.cols) if head is None else head.grad(start, stop)
             if fast:
                 head_kernel.add_rows_(grad, start, ordered, order, rows)
             else:
                 here = (ids >= start) & (ids < stop)
                 grad.index_add_(0, (ids - start).clamp_(0, stop - start - 1), rows * here.unsqueeze(1))
             self.consume(EMBEDDING, grad, start)
-
-        kept = [t for head in heads for t in (head.hidden, head.targets, head.lse, head.scale)]
-        for start in range(0, state.rows, VOCABULARY_CHUNK):
-            work = functools.partial(piece, start, min(start + VOCABULARY_CHUNK, state.rows))
-            if self.fast is not None and EMBEDDING in self._taken:
-                self.beside.run(work, ordered, order, rows, *kept)
-            else:
-                work()
-
-
-@dataclass
-class Head:
-    """What the gradient of the head's rows is made of: (softmax - one-hot)^T hidden, scaled.
-
-    hidden [N, H], targets [N], lse [N] fp32 (log of the sum of exponentials), scale [N, 1] fp32; fast: by kernels.
-    """
-
-    weight: PackedTensor
-    hidden: Tensor
-    targets: Tensor
-    lse: Tensor
-    scale: Tensor
-    fast: bool
-    whole: Tensor | None = None  # `logit_grad` of all rows, of few positions, once it was made
-
-    def pieces(self) -> Iterator[tuple[int, int]]:
-        """Rows [start, stop) that are multiplied at a time: all of them where they are not decoded first."""
-        rows = self.weight.shape[0]
-        step = VOCABULARY_CHUNK if product_kernel.why_not(self.weight, self.hidden.dtype, len(self.hidden)) else rows
-        for start in range(0, rows, step):
-            yield start, min(start + step, rows)
-
-    def logits(self, start: int, stop: int) -> Tensor:
-        """Of rows start..stop, [N, stop - start] in the compute dtype."""
-        return matmul(self.hidden, self.weight.rows(start, stop))
-
-    def add(self, start: int, stop: int, right: Tensor) -> None:
-        """Takes the logits of rows start..stop into `lse`, and those of targets among them into right [N] fp32."""
-        logits = self.logits(start, stop)
-        if self.fast:
-            head_kernel.add_chunk(logits, self.targets, start, self.lse, right)
-            return
-        logits = logits.float()
-        torch.logaddexp(self.lse, logits.logsumexp(1), out=self.lse)
-        at, here = self._place(start, stop)
-        right += (logits.gather(1, at) * here).squeeze(1)
-
-    def logit_grad(self, start: int, stop: int) -> Tensor:
-        """Gradient of the logits of rows start..stop, [N, stop - start] in the compute dtype."""
-        logits = self.logits(start, stop)
-        if self.fast:
-            return head_kernel.softmax_grad_(logits, self.targets, start, self.lse, self.scale)
-        p = (logits.float() - self.lse.unsqueeze(1)).exp_()
-        at, here = self._place(start, stop)
-        p.scatter_add_(1, at, -here.float())
-        return p.mul_(self.scale).to(self.hidden.dtype)
-
-    def grad(self, start: int, stop: int) -> Tensor:
-        """Gradient of the rows start..stop of the head, [stop - start, H]."""
-        return self.logit_grad(start, stop).T @ self.hidden
-
-    def _place(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Where in rows start..stop each target is [N, 1] int64, and whether it is there [N, 1]."""
-        at = (self.targets - start).unsqueeze(1)
-        return at.clamp(0, stop - start - 1), (at >= 0) & (at < stop - start)
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, share: Tensor, optimizer: FusedAdamW) -> Tensor:
-        """Two passes over the vocabulary in all: here for the sum of exponentials, in the backward for the gradients."""
-        lse = torch.full((len(targets),), -torch.inf, device=hidden.device)
-        right, fast = torch.zeros_like(lse), optimizer.options.kernels and head_kernel.take(hidden)
-        head = Head(optimizer.head, hidden.detach(), targets, lse, torch.zeros_like(lse).unsqueeze(1), fast)
-        for start, stop in head.pieces():
-            head.add(start, stop, right)
-        ctx.head, ctx.optimizer, ctx.share = head, optimizer, share
-        return ((lse - right) * share).sum()
-
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None]:
-        head: Head = ctx.head
-        head.scale = (dloss * ctx.share).unsqueeze(1).contiguous()
-        dx = torch.zeros_like(head.hidden, dtype=torch.float32)
-        few, kept = ctx.optimizer.takes_head_product(head), list[Tensor]()
-        for start, stop in head.pieces():
-            grad = head.logit_grad(start, stop)
-            dx += matmul_back(grad, head.weight.rows(start, stop)).float()
-            if few:
-                kept.append(grad)
-        head.whole = torch.cat(kept, dim=1) if few else None
-        ctx.optimizer.take_head(head)
-        return dx.to(head.hidden.dtype), None, None, None

@@ -35,6 +35,13 @@ def softmax_grad_(logits: Tensor, targets: Tensor, start: int, lse: Tensor, scal
     return logits
 
 
+def take_rows_(kept: Tensor, names: Tensor, grad: Tensor, start: int) -> None:
+    """Copies that row of grad [C, H], the ids from `start` on, which names [N] (int32) has for a row of kept [N, H], if it is
+    there."""
+    n, width = kept.shape
+    _take_rows[(n,)](kept, names, grad, start, len(grad), width, H=kernels.triton.next_power_of_2(width), num_warps=4)
+
+
 def add_rows_(grad: Tensor, start: int, ids: Tensor, order: Tensor, rows: Tensor) -> None:
     """Adds each of rows [N, H] to that row of grad [C, H], the ids from `start` on, which its id names, if it is there.
 
@@ -75,6 +82,14 @@ if kernels.triton is not None:
         target = (tl.load(targets + row) - start).to(tl.int32)
         p = (tl.exp(x - tl.load(lse + row)) - (at == target).to(tl.float32)) * tl.load(scale + row)
         tl.store(place, p.to(logits.dtype.element_ty), mask=at < cols)
+
+    @triton.jit(do_not_specialize=["start", "count"])
+    def _take_rows(kept, names, grad, start, count, width, H: tl.constexpr):
+        slot, column = tl.program_id(0), tl.arange(0, H)
+        at = tl.load(names + slot) - start
+        if (at >= 0) & (at < count):
+            row = tl.load(grad + at.to(tl.int64) * width + column, mask=column < width)
+            tl.store(kept + slot.to(tl.int64) * width + column, row, mask=column < width)
 
     @triton.jit(do_not_specialize=["start", "count", "n"])
     def _add_rows(grad, ids, order, rows, start, count, n, width, H: tl.constexpr):

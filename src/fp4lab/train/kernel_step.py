@@ -107,13 +107,24 @@ class KernelStep:
         held = joint.w, joint.m, joint.v, self.numbers, self.counts
         adamw_kernel.adamw(grad, *held, joint.states[0].index, 0, self._constants, self.count, joint.borders)
 
-    def why_not_product(self, target: "ParameterState | Joint", dtype: torch.dtype, n: int = 1) -> str | None:
-        """Why the gradient of n tokens is made before `target`, which `why_not` has no objection to, is updated; or None."""
+    def why_not_some(self, target: "ParameterState | Joint") -> str | None:
+        """Why `update_some` cannot be, of what `why_not` has no objection to, or None."""
         w, m, _ = _matrix(target)
         if w.device.type != "cuda" or m.device.type != "cuda":
             return "its state is on the host"
-        if isinstance(target, ParameterState) and target.image is not None:
-            return "it has a float image"
+        return "it has a float image" if isinstance(target, ParameterState) and target.image is not None else None
+
+    def update_some(self, s: ParameterState, grad: Tensor, names: Tensor) -> None:
+        """Row i of grad [n, cols] is the gradient of the parameter's row names[i] (int32), and nobody's where that is negative.
+        The bits of `update` of these rows."""
+        w, m, v = _matrix(s)
+        adamw_kernel.adamw(grad, w, m, v, self.numbers, self.counts, s.index, 0, self._constants, self.count, names=names)
+
+    def why_not_product(self, target: "ParameterState | Joint", dtype: torch.dtype, n: int = 1) -> str | None:
+        """Why the gradient of n tokens is made before `target`, which `why_not` has no objection to, is updated; or None."""
+        if why := self.why_not_some(target):
+            return why
+        w, m, _ = _matrix(target)
         return adamw_product.why_not(w, m, self._constants, dtype, n)
 
     def update_product(self, target: "ParameterState | Joint", dy: Tensor, x: Tensor) -> None:
