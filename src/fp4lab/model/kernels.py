@@ -201,8 +201,7 @@ def _gated_back(
 
 def gated(both: Tensor) -> Tensor:
     """silu(gate) * up [..., I] of both in one tensor [..., 2 I], contiguous."""
-    width = both.shape[-1] // 2
-    return _gated(both, both.view(-1)[width:], width, 2 * width)
+    return _gated(both, both.view(-1)[both.shape[-1] // 2 :], both.shape[-1] // 2, both.shape[-1])
 
 
 def gate_back_(both: Tensor, dy: Tensor) -> None:
