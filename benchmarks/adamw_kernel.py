@@ -21,7 +21,7 @@ from fp4lab.train.kernel_step import KernelStep
 
 JOINT = [(6144, 2560), (2560, 4096), (19456, 2560), (2560, 9728)]
 APART = [(4096, 2560), (1024, 2560), (1024, 2560), (2560, 4096), (9728, 2560), (9728, 2560), (2560, 9728)]
-LAYER = JOINT
+Shapes = list[tuple[int, int]]
 
 
 def replay_ms(body: Callable[[], None], repeat: int) -> float:
@@ -49,11 +49,10 @@ def factors(shape: tuple[int, int], tokens: int) -> tuple[torch.Tensor, torch.Te
     return dy * 1e-3, x
 
 
-def ours(layers: int, repeat: int, master: str, state: str, tokens: int = 0, gradient: str = "given") -> dict:
+def ours(shapes: Shapes, repeat: int, master: str, state: str, tokens: int = 0, gradient: str = "given") -> dict:
     options = AdamWOptions(master=master, state=state)
     states = [
-        ParameterState(i, "w", None, pack(torch.randn(shape, device="cuda") * 0.02), options)
-        for i, shape in enumerate(LAYER * layers)
+        ParameterState(i, "w", None, pack(torch.randn(shape, device="cuda") * 0.02), options) for i, shape in enumerate(shapes)
     ]
     fast = KernelStep(options, states[0].device)
     fast.count = False
@@ -74,12 +73,11 @@ def ours(layers: int, repeat: int, master: str, state: str, tokens: int = 0, gra
     numbers = sum(s.rows * s.cols for s in states)
     moved = 2 * kept + (0 if tokens else 2 * numbers)
     about = {"tokens": tokens, "gradient": gradient} if tokens else {}
-    about["joint"] = LAYER is JOINT
     return {"peer": "fp4lab", **about, "master": master, "state": state, **result(replay_ms(body, repeat), numbers, moved)}
 
 
-def torch_fused(layers: int, repeat: int, tokens: int = 0) -> dict:
-    parameters = [torch.nn.Parameter(torch.randn(s, device="cuda", dtype=torch.bfloat16)) for s in LAYER * layers]
+def torch_fused(shapes: Shapes, repeat: int, tokens: int = 0) -> dict:
+    parameters = [torch.nn.Parameter(torch.randn(s, device="cuda", dtype=torch.bfloat16)) for s in shapes]
     parts = [factors((p.shape[0], p.shape[1]), tokens) for p in parameters] if tokens else []
     for p in parameters:
         p.grad = torch.randn_like(p)
@@ -115,18 +113,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=lambda x: [int(n) for n in x.split(",")], default=[8, 32])
     parser.add_argument("--apart", action="store_true")
     args = parser.parse_args()
-    global LAYER
-    LAYER = APART if args.apart else JOINT
+    shapes = (APART if args.apart else JOINT) * args.layers
+
+    def show(line: dict) -> None:
+        print(json.dumps({**line, "joint": not args.apart}), flush=True)
+        torch.cuda.empty_cache()
+
     default = "packed_stochastic", "nvfp4_two_level"
     for kind in (default, ("packed", "nvfp4_two_level"), ("packed_stochastic", "bf16"), ("packed_stochastic", "fp32")):
-        print(json.dumps(ours(args.layers, args.repeat, *kind)), flush=True)
-        torch.cuda.empty_cache()
-    print(json.dumps(torch_fused(args.layers, args.repeat)), flush=True)
+        show(ours(shapes, args.repeat, *kind))
+    show(torch_fused(shapes, args.repeat))
     for tokens in args.tokens:
         for gradient in ("made on the way", "made before"):
-            torch.cuda.empty_cache()
-            print(json.dumps(ours(args.layers, args.repeat, *default, tokens, gradient)), flush=True)
-        print(json.dumps(torch_fused(args.layers, args.repeat, tokens)), flush=True)
+            show(ours(shapes, args.repeat, *default, tokens, gradient))
+        show(torch_fused(shapes, args.repeat, tokens))
 
 
 if __name__ == "__main__":

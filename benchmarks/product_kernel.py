@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from adamw_kernel import LAYER, replay_ms
+from adamw_kernel import APART, replay_ms
 from torch import Tensor
 
 from fp4lab.nvfp4 import PackedTensor, pack, unpack
@@ -35,11 +35,11 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/product_kernel.py measures a GPU's kernels; there is none here")
-    packed = [pack(torch.randn(shape, device="cuda") * 0.02) for shape in LAYER * args.layers]
+    packed = [pack(torch.randn(shape, device="cuda") * 0.02) for shape in APART * args.layers]
     dense = [unpack(p, torch.bfloat16) for p in packed]
     nbytes = {"packed": sum(sum(t.nbytes for t in p.tensors()) for p in packed), "bf16": sum(w.nbytes for w in dense)}
     for n in args.tokens:
-        rows = {size: torch.randn(n, size, device="cuda", dtype=torch.bfloat16) for shape in LAYER for size in shape}
+        rows = {size: torch.randn(n, size, device="cuda", dtype=torch.bfloat16) for shape in APART for size in shape}
         for way in ("forward", "backward"):
             side = 1 if way == "forward" else 0
             for peer, product_of in ((name, f) for (name, direction), f in PEERS.items() if direction == way):

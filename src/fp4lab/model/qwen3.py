@@ -110,11 +110,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.joint:
             both = self.gate_up_proj(x)
-            return (
-                self.down_proj.gated(both)
-                if isinstance(self.down_proj, ConsumingLinear)
-                else self.down_proj(joint_silu_mul(both))
-            )
+            if isinstance(self.down_proj, ConsumingLinear):
+                return self.down_proj.gated(both)
+            return self.down_proj(joint_silu_mul(both))
         return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 

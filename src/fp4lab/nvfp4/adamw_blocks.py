@@ -7,6 +7,8 @@ second; codes come and go as a block's int64, of which each half is the word of 
 from fp4lab.nvfp4 import kernels
 from fp4lab.nvfp4.update import MOMENT_LANES, SECOND_WORD
 
+SMALL = 2.0**-10  # what everything is of itself inside
+
 if kernels.triton is not None:
     from fp4lab.nvfp4 import assembly
     from fp4lab.nvfp4.kernels import tl, triton
@@ -19,11 +21,11 @@ if kernels.triton is not None:
     SCALE, SCALED, NOISE = map(tl.constexpr, (assembly.SCALE, assembly.SCALED, assembly.NOISE))
     M_LANE, M_SCALE_LANE, V_LANE, V_SCALE_LANE = map(tl.constexpr, MOMENT_LANES)
     HALF, OTHER_WORD = tl.constexpr(assembly.HALF), tl.constexpr(SECOND_WORD)
-    TINY = tl.constexpr(2.0**-10)  # what everything is of itself inside
+    TINY = tl.constexpr(SMALL)
     CODE = tl.constexpr(2.0**14)  # decoded codes are so much smaller than their values
     UP = tl.constexpr(2.0**4)  # what makes them 2^-10 of it
     DOWN = tl.constexpr(2.0**-126)
-    NOTHING = tl.constexpr(2.0**-110)
+    NOTHING = tl.constexpr(2.0**-110)  # a moment's second level that small is 0: its reciprocal would be too large
 
     @triton.jit
     def approx_sqrt(x):

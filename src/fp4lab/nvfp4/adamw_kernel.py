@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fp4lab.nvfp4 import kernels
+from fp4lab.nvfp4.adamw_blocks import SMALL
 from fp4lab.nvfp4.packed import BLOCK, PackedTensor
 
-SMALL = 2.0**-10  # what everything is of itself inside
 TILE = 32  # blocks of a row that a warp holds at a time
 REGS = {1: 88, 4: 80}  # of a thread, by the warps of a program
 FEW, LONG = 4096, 4096  # rows that hardly fill the device once, each of which is enough for four warps
@@ -41,8 +41,6 @@ SPREAD = 32  # rows of the counters, so that programs seldom meet on one
 FORMATS = ("nvfp4_two_level", "bf16", "fp32")  # of moments
 RULES = ("torchao", "nearest")  # of packed weights, to nearest
 NUMBERS = 4  # lr, 1 / bias1, 1 / bias2, and the 32 bits that `train.noise.key` adds the tensor to
-
-
 NEVER = (1 << 31) - 1  # a row that no matrix has
 
 
